@@ -1,0 +1,134 @@
+"""THE list of fastqat operators: for each op its schema and the allocation of its results.
+
+An op is declared once, here. From the declaration follow
+
+- ``fastqat::<op>``      returns freshly allocated results,
+- ``fastqat::<op>_out``  writes into tensors that the caller passes last, and returns ``()``,
+- the fake (meta) kernels of both: :func:`allocate` works on fake and on real tensors alike.
+
+A Python backend implements only the second form: ``def <op>(*arguments, *results) -> None``.
+
+The arguments ``scale, zero_point, offset, qrange, axis, eps`` describe a quantization grid wherever they appear:
+
+    scale       float32 [1] per tensor, or [C] with C = x.shape[axis]; the kernels use max(scale, eps)
+    zero_point  float32 like scale, or None; used as clamp(rint(zero_point), qmin, qmax)    (zero-point grid)
+    offset      float32 like scale, or None; excludes zero_point                            (offset grid)
+    qrange      int32 [2]: qmin, qmax as data, so that another bit-width is not another graph
+    axis        None (per tensor) or a dimension of x in [0, x.dim())
+
+Groups are not known here: :mod:`fastqat.functional` views a grouped tensor as ``[C * groups, group_size]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "fastqat"
+GRID = "Tensor scale, Tensor? zero_point, Tensor? offset, Tensor qrange, int? axis, float eps"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator: its name, arguments, result names, and the function that allocates the results."""
+
+    name: str
+    arguments: str
+    results: tuple[str, ...]
+    allocate: Callable[..., tuple[Tensor, ...]]
+
+    @property
+    def schema(self) -> str:
+        """Schema of the form that returns its results."""
+        returns = ", ".join(f"Tensor {r}" for r in self.results) if len(self.results) > 1 else "Tensor"
+        return f"{self.name}({self.arguments}) -> " + (f"({returns})" if len(self.results) > 1 else returns)
+
+    @property
+    def out_schema(self) -> str:
+        """Schema of the form that writes into given tensors."""
+        outs = ", ".join(f"Tensor({chr(ord('a') + i)}!) {r}" for i, r in enumerate(self.results))
+        return f"{self.name}_out({self.arguments}, {outs}) -> ()"
+
+
+OPS: dict[str, Op] = {}
+
+
+def op(arguments: str, *results: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable[..., tuple[Tensor, ...]]]:
+    """Declare an op named like the decorated function, which allocates its results."""
+
+    def declare(allocate: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        OPS[allocate.__name__] = Op(allocate.__name__, arguments, results, allocate)
+        return allocate
+
+    return declare
+
+
+@op(f"Tensor x, {GRID}, ScalarType? out_dtype", "y")
+def fake_quantize(x, scale, zero_point, offset, qrange, axis, eps, out_dtype):
+    """Quantize-dequantize x. y: like x, of out_dtype where one is given."""
+    return (torch.empty_like(x, dtype=out_dtype or x.dtype),)
+
+
+@op(f"Tensor g, Tensor x, {GRID}, bool rounded_mask, bool lsq_grad_scale", "dx", "dscale", "dshift")
+def fake_quantize_backward(g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale):
+    """Gradients of fake_quantize from one pass over (g, x).
+
+    dx: like x; dscale: like scale; dshift: gradient of zero_point or offset, [0] where there is neither.
+    """
+    has_shift = zero_point is not None or offset is not None
+    return torch.empty_like(x), torch.empty_like(scale), scale.new_empty(scale.numel() if has_shift else 0)
+
+
+@op(f"Tensor g, Tensor x, {GRID}, bool rounded_mask", "dx")
+def fake_quantize_backward_input(g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask):
+    """Gradient of x alone, for a grid that is not learned. dx: like x."""
+    return (torch.empty_like(x),)
+
+
+@op(f"Tensor x, {GRID}, ScalarType dtype", "codes")
+def quantize(x, scale, zero_point, offset, qrange, axis, eps, dtype):
+    """Integer codes of x. codes: like x, of the integer dtype."""
+    return (torch.empty_like(x, dtype=dtype),)
+
+
+@op(f"Tensor codes, {GRID}, ScalarType dtype", "y")
+def dequantize(codes, scale, zero_point, offset, qrange, axis, eps, dtype):
+    """Values of integer codes. y: like codes, of the floating dtype."""
+    return (torch.empty_like(codes, dtype=dtype),)
+
+
+@op("Tensor codes, int bits", "packed")
+def pack(codes, bits):
+    """Bit stream of the low `bits` bits of each code, first code in the lowest bits. packed: uint8 [ceil(n * bits / 8)]."""
+    return (codes.new_empty((codes.numel() * bits + 7) // 8, dtype=torch.uint8),)
+
+
+@op("Tensor packed, int bits, SymInt numel, bool signed", "codes")
+def unpack(packed, bits, numel, signed):
+    """Inverse of pack. codes: [numel], int8 (sign-extended) where signed, else uint8."""
+    return (packed.new_empty(numel, dtype=torch.int8 if signed else torch.uint8),)
+
+
+@op("Tensor x, int? axis", "low", "high")
+def minmax(x, axis):
+    """Smallest and largest finite value; +inf and -inf where there is none. low, high: float32 [C] or [1]."""
+    shape = (1,) if axis is None else (x.shape[axis],)
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+
+
+@op("Tensor x, Tensor scales, Tensor? zero_points, Tensor qrange, int? axis", "errors")
+def range_search(x, scales, zero_points, qrange, axis):
+    """Squared errors of K candidate grids from one read of x; non-finite values do not count.
+
+    scales, zero_points: float32 [K, C] or [K, 1]; errors: float32 like scales.
+    """
+    return (torch.empty_like(scales),)
+
+
+@op("Tensor step, int seed, int tensor_id, SymInt numel", "u")
+def philox_uniform(step, seed, tensor_id, numel):
+    """Uniform numbers in [0, 1) of Philox4x32-10 with 24 bits each. step: int64 [1]; u: float32 [numel]."""
+    return (step.new_empty(numel, dtype=torch.float32),)
