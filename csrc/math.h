@@ -21,8 +21,8 @@ struct Channel {
   float reciprocal;  // RN(1 / scale)
   float low, high;   // lowest and highest level
   float shift;       // z on the zero-point grid, o on the offset grid
-  float below;       // scale * (low - 1):  inputs are clamped to [below, above], where the exact quotient
-  float above;       // scale * (high + 1): cannot overflow and every level, in range or one step out of it, survives
+  float below;       // scale * (low - 1)
+  float above;       // scale * (high + 1)
 };
 
 // Scales in [2^-40, 2^40] may use the three-step quotient; all others divide.
@@ -53,8 +53,9 @@ FASTQAT_INLINE Channel make_channel(float scale, float eps, float zero_point, fl
   return ch;
 }
 
-// RN(t / scale). Fast: t was clamped to [below, above] and the scale is a fast one. Then q = RN(t * R) is within
-// 2 ulp, the remainder e = t - q * scale is exact, and q + e * R rounds to the correctly rounded quotient.
+// RN(t / scale). Fast: t lies in [below, above] and the scale is a fast one, so nothing overflows; q = RN(t * R) is within
+// 2 ulp, the remainder e = t - q * scale is exact wherever q can round to another level than 0, and q + e * R rounds to
+// the correctly rounded quotient.
 template <bool kFast>
 FASTQAT_INLINE float quotient(float t, const Channel& ch) {
   if (!kFast) return t / ch.scale;
@@ -63,15 +64,19 @@ FASTQAT_INLINE float quotient(float t, const Channel& ch) {
   return __builtin_fmaf(e, ch.reciprocal, q);
 }
 
-// rint(t / scale), unclamped up to one level beyond the range; NaN stays NaN. t = x, or x - o on the offset grid.
+// t / scale, exact from one level below the range to one level above it and saturated beyond, so that what lies outside
+// the range still shows. NaN stays NaN. t = x, or x - o on the offset grid.
 template <bool kFast>
-FASTQAT_INLINE float raw_ratio(float t, const Channel& ch) {
+FASTQAT_INLINE float ratio(float t, const Channel& ch) {
   return quotient<kFast>(kFast ? clamp(t, ch.below, ch.above) : t, ch);
 }
 
+// clamp(rint(t / scale), low, high). Fast: t is clamped instead, to the values of the outermost levels. Their quotients
+// are within 2^-14 of low and high, so nothing beyond them can round to another level, and one clamp is enough.
 template <bool kFast>
 FASTQAT_INLINE float level(float t, const Channel& ch) {
-  return clamp(round_even(raw_ratio<kFast>(t, ch)), ch.low, ch.high);
+  if (kFast) return round_even(quotient<true>(clamp(t, ch.scale * ch.low, ch.scale * ch.high), ch));
+  return clamp(round_even(t / ch.scale), ch.low, ch.high);
 }
 
 template <bool kOffset>
@@ -89,5 +94,72 @@ template <bool kFast, bool kOffset>
 FASTQAT_INLINE float fake_quantize(float x, const Channel& ch) {
   return value<kOffset>(level<kFast>(shifted<kOffset>(x, ch), ch), ch);
 }
+
+// The integer code; that of NaN is the zero point.
+template <bool kFast, bool kOffset>
+FASTQAT_INLINE float quantize(float x, const Channel& ch) {
+  float t = shifted<kOffset>(x, ch);
+  return level<kFast>(t == t ? t : 0.0f, ch) + (kOffset ? 0.0f : ch.shift);
+}
+
+template <bool kOffset>
+FASTQAT_INLINE float dequantize(float code, const Channel& ch) {
+  return value<kOffset>(kOffset ? code : code - ch.shift, ch);
+}
+
+// What one element adds to the gradients, for an incoming gradient g.
+struct Gradient {
+  float dx;       // g inside the straight-through mask, else 0
+  float scale;    // term of ds; on the fast path times the scale, which grad_scale_divisor() takes out of the sum
+  float outside;  // g outside the mask, else 0: the term of do, and of dz / -scale
+};
+
+// kRounded: the mask tests rint(r), else r itself. All switches are template parameters: g++ does not vectorise a loop
+// that chooses at run time.
+// Fast: level * scale - t has one rounding (fma), however small it is beside t. Else the quotient in double.
+// A NaN in x passes no gradient and adds to no sum; the level of NaN is the lowest one here, so that no term is NaN.
+template <bool kFast, bool kOffset, bool kRounded>
+FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& ch) {
+  float t = shifted<kOffset>(x, ch);
+  float r = ratio<kFast>(t, ch);
+  float k = round_even(r);
+  float tested = kRounded ? k : r;
+  bool inside = (tested >= ch.low) & (tested <= ch.high);
+  float lev = k > ch.low ? k : ch.low;
+  lev = lev < ch.high ? lev : ch.high;
+  float valid = r == r ? g : 0.0f;
+  float passed = inside ? t : 0.0f;
+  float slope = kFast ? __builtin_fmaf(lev, ch.scale, -passed)
+                      : static_cast<float>(lev - static_cast<double>(passed) / static_cast<double>(ch.scale));
+  return {inside ? g : 0.0f, valid * slope, inside ? 0.0f : valid};
+}
+
+FASTQAT_INLINE double grad_scale_divisor(const Channel& ch) {
+  return is_fast_scale(ch.scale) ? static_cast<double>(ch.scale) : 1.0;
+}
+
+// Four 32-bit numbers of one counter.
+struct Philox {
+  uint32_t lane[4];
+};
+
+// Philox4x32-10 (Salmon et al., SC 2011): key = seed, counter = (block low, block high, step, tensor id).
+FASTQAT_INLINE Philox philox(uint64_t seed, uint64_t block, uint32_t step, uint32_t tensor_id) {
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32), c2 = step, c3 = tensor_id;
+  for (int round = 0; round < 10; ++round) {
+    uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0, p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key1;
+    c3 = static_cast<uint32_t>(p0);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// In [0, 1), a multiple of 2^-24.
+FASTQAT_INLINE float uniform(uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }
 
 }  // namespace fastqat

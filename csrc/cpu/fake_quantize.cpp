@@ -1,0 +1,32 @@
+// fake_quantize: quantize-dequantize in one pass.
+#include "ops.h"
+#include "spans.h"
+
+namespace fastqat::cpu {
+namespace {
+
+template <bool kFast, bool kOffset, class Channels>
+FASTQAT_CLONES void loop(const float* x, float* y, int64_t n, Channels channels) {
+  for (int64_t i = 0; i < n; ++i) y[i] = fastqat::fake_quantize<kFast, kOffset>(x[i], channels[i]);
+}
+
+// x, y: dense, the same sizes and strides.
+void run(const Tensor& x, const Grid& grid, std::optional<int64_t> axis, const Tensor& y) {
+  map_elements(x, y, axis, grid, [&](const auto& channels) { return FASTQAT_PICK(loop, channels, grid.offset_grid()); });
+}
+
+}  // namespace
+
+Tensor fake_quantize(Tensor x, FASTQAT_GRID, std::optional<ScalarType> out_dtype) {
+  x = dense(x);
+  Tensor y = empty_like(x, out_dtype.value_or(x.scalar_type()));
+  run(x, Grid(scale, zero_point, offset, qrange, eps), axis, y);
+  return y;
+}
+
+void fake_quantize_out(Tensor x, FASTQAT_GRID, std::optional<ScalarType>, Tensor y) {
+  x = dense(x);
+  write_into(y, x, [&](const Tensor& to) { run(x, Grid(scale, zero_point, offset, qrange, eps), axis, to); });
+}
+
+}  // namespace fastqat::cpu

@@ -1,0 +1,129 @@
+// fake_quantize_backward: dx, ds and dz (or do) from one pass over (g, x).
+#include <cmath>
+
+#include "ops.h"
+#include "reduce.h"
+
+namespace fastqat::cpu {
+namespace {
+
+// kTerms: 0 for dx alone, 1 with the terms of ds, 2 with those of the shift. dx, terms[q]: [n]
+template <int kTerms, bool kRounded, bool kFast, bool kOffset, class Channels>
+FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, float* __restrict scale_terms,
+                         float* __restrict outside_terms, int64_t n, Channels channels) {
+  for (int64_t i = 0; i < n; ++i) {
+    Gradient d = fastqat::fake_quantize_backward<kFast, kOffset, kRounded>(g[i], x[i], channels[i]);
+    dx[i] = d.dx;
+    if (kTerms > 0) scale_terms[i] = d.scale;
+    if (kTerms > 1) outside_terms[i] = d.outside;
+  }
+}
+
+// g, x, dx: dense, the same sizes and strides.
+struct Backward {
+  Input g, x;
+  Output dx;
+  bool offset_grid, rounded_mask;
+
+  template <int kTerms, bool kRounded, class Channels>
+  auto pick(const Channels& channels) const {
+    if (offset_grid)
+      return channels.fast ? loop<kTerms, kRounded, true, true, Channels>
+                           : loop<kTerms, kRounded, false, true, Channels>;
+    return channels.fast ? loop<kTerms, kRounded, true, false, Channels>
+                         : loop<kTerms, kRounded, false, false, Channels>;
+  }
+
+  template <int kTerms, class Channels>
+  void span(int64_t offset, int64_t n, const Channels& channels, float* scale_terms, float* outside_terms) const {
+    float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock];
+    const float* from_g = g.block(offset, n, buffer_g);
+    const float* from_x = x.block(offset, n, buffer_x);
+    float* to = dx.block(offset, buffer_dx);
+    auto kernel = rounded_mask ? pick<kTerms, true>(channels) : pick<kTerms, false>(channels);
+    kernel(from_g, from_x, to, scale_terms, outside_terms, n, channels);
+    dx.commit(offset, n, to);
+  }
+
+  template <int kTerms>
+  std::vector<std::array<double, kTerms>> sums(const Layout& layout, const Grid& grid) const {
+    return reduce_channels<Sum, kTerms>(layout, grid, [&](int64_t offset, int64_t n, auto channels, auto& terms) {
+      span<kTerms>(offset, n, channels, terms[0], terms[kTerms - 1]);
+    });
+  }
+};
+
+// Writes the sums as gradients: divided by the scale where the fast path left it in, times the LSQ factor.
+template <int kTerms>
+void finish(const std::vector<std::array<double, kTerms>>& sums, const Grid& grid, double factor, float* dscale,
+            float* dshift) {
+  for (size_t c = 0; c < sums.size(); ++c) {
+    Channel ch = grid.channel(c);
+    dscale[c] = static_cast<float>(sums[c][0] / grad_scale_divisor(ch) * factor);
+    if (kTerms > 1)
+      dshift[c] = static_cast<float>((grid.offset_grid() ? 1.0 : -static_cast<double>(ch.scale)) *
+                                     sums[c][kTerms - 1] * factor);
+  }
+}
+
+// dscale, dshift: contiguous
+void run(const Tensor& g, const Tensor& x, const Grid& grid, std::optional<int64_t> axis, bool rounded_mask,
+         bool lsq_grad_scale, const Tensor& dx, const Tensor& dscale, const Tensor& dshift) {
+  Backward backward{Input(g), Input(x), Output(dx), grid.offset_grid(), rounded_mask};
+  Layout layout = layout_of(x, axis);
+  double count = static_cast<double>(layout.outer * layout.inner);
+  double factor = lsq_grad_scale ? 1.0 / std::sqrt(count * std::max(grid.qmax, 1.0f)) : 1.0;
+  float* ds = dscale.mutable_data_ptr<float>();
+  if (dshift.numel())
+    finish<2>(backward.sums<2>(layout, grid), grid, factor, ds, dshift.mutable_data_ptr<float>());
+  else
+    finish<1>(backward.sums<1>(layout, grid), grid, factor, ds, nullptr);
+}
+
+void run_input(const Tensor& g, const Tensor& x, const Grid& grid, std::optional<int64_t> axis, bool rounded_mask,
+               const Tensor& dx) {
+  Backward backward{Input(g), Input(x), Output(dx), grid.offset_grid(), rounded_mask};
+  Cut cut(layout_of(x, axis));
+  parallel(cut, [&](int64_t p) {
+    spans_of_piece(cut, grid, p, kBlock, [&](int64_t offset, int64_t n, auto channels) {
+      backward.span<0>(offset, n, channels, nullptr, nullptr);
+    });
+  });
+}
+
+}  // namespace
+
+Tensors3 fake_quantize_backward(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale) {
+  x = dense(x);
+  Tensor dx = empty_like(x, x.scalar_type());
+  Tensor dscale = empty({scale.numel()}, ScalarType::Float);
+  Tensor dshift = empty({zero_point || offset ? scale.numel() : 0}, ScalarType::Float);
+  run(with_strides_of(x, g), x, Grid(scale, zero_point, offset, qrange, eps), axis, rounded_mask, lsq_grad_scale, dx,
+      dscale, dshift);
+  return {dx, dscale, dshift};
+}
+
+void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, Tensor dx,
+                                Tensor dscale, Tensor dshift) {
+  x = dense(x);
+  write_into(dx, x, [&](const Tensor& to) {
+    run(with_strides_of(x, g), x, Grid(scale, zero_point, offset, qrange, eps), axis, rounded_mask, lsq_grad_scale, to,
+        dscale, dshift);
+  });
+}
+
+Tensor fake_quantize_backward_input(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask) {
+  x = dense(x);
+  Tensor dx = empty_like(x, x.scalar_type());
+  run_input(with_strides_of(x, g), x, Grid(scale, zero_point, offset, qrange, eps), axis, rounded_mask, dx);
+  return dx;
+}
+
+void fake_quantize_backward_input_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, Tensor dx) {
+  x = dense(x);
+  write_into(dx, x, [&](const Tensor& to) {
+    run_input(with_strides_of(x, g), x, Grid(scale, zero_point, offset, qrange, eps), axis, rounded_mask, to);
+  });
+}
+
+}  // namespace fastqat::cpu

@@ -1,0 +1,110 @@
+// range_search: squared errors of many candidate grids from one read of x.
+#include <memory>
+
+#include "elements.h"
+#include "ops.h"
+
+namespace fastqat::cpu {
+namespace {
+
+constexpr int64_t kTile = 2048;       // elements that stay in the first-level cache while all candidates pass over them
+constexpr int64_t kPieceTiles = 4;    // tiles of one piece of work; partial errors are kept per piece
+constexpr int kCandidatesAtOnce = 4;  // independent sums hide the latency of the additions
+
+// Adding kMagic rounds to an integer, ties to even: the sum has no bits for a fraction.
+constexpr float kMagic = 0x1.8p23f;
+
+struct Candidate {
+  float scale, reciprocal, low, high;  // low, high: levels + kMagic
+};
+
+Candidate make_candidate(float scale, float zero_point, float qmin, float qmax) {
+  Channel ch = make_channel(scale, 0.0f, zero_point, 0.0f, false, qmin, qmax);
+  return {ch.scale, ch.reciprocal, ch.low + kMagic, ch.high + kMagic};
+}
+
+// Rounds x * (1 / s) rather than x / s: they differ only at ties, where both codes have the same error.
+inline __attribute__((always_inline)) float squared_error(float x, const Candidate& c) {
+  float rounded = clamp(__builtin_fmaf(x, c.reciprocal, kMagic), c.low, c.high) - kMagic;
+  float residual = __builtin_fmaf(rounded, c.scale, -x);
+  return residual * residual;
+}
+
+FASTQAT_CLONES void loop(const float* x, int64_t n, const Candidate* c, double* errors) {
+  float e0 = 0, e1 = 0, e2 = 0, e3 = 0;
+#pragma omp simd reduction(+ : e0, e1, e2, e3)
+  for (int64_t i = 0; i < n; ++i) {
+    e0 += squared_error(x[i], c[0]);
+    e1 += squared_error(x[i], c[1]);
+    e2 += squared_error(x[i], c[2]);
+    e3 += squared_error(x[i], c[3]);
+  }
+  errors[0] += e0;
+  errors[1] += e1;
+  errors[2] += e2;
+  errors[3] += e3;
+}
+
+FASTQAT_CLONES void keep_finite(const float* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = __builtin_fabsf(in[i]) < __builtin_inff() ? in[i] : 0.0f;
+}
+
+// Copies elements [first, first + n) of channel c, in memory order, to tile; non-finite values as 0, which has no error.
+void gather(const Input& in, const Layout& layout, int64_t c, int64_t first, int64_t n, float* tile) {
+  float buffer[kBlock];
+  for (int64_t done = 0; done < n;) {
+    int64_t o = (first + done) / layout.inner, i = (first + done) % layout.inner;
+    int64_t run = std::min({n - done, layout.inner - i, kBlock});
+    keep_finite(in.block((o * layout.channels + c) * layout.inner + i, run, buffer), tile + done, run);
+    done += run;
+  }
+}
+
+}  // namespace
+
+void range_search_out(Tensor x, Tensor scales, OptionalTensor zero_points, Tensor qrange, std::optional<int64_t> axis,
+                      Tensor errors) {
+  x = dense(x);
+  Input in(x);
+  Layout layout = layout_of(x, axis);
+  Grid grid(scales, zero_points, {}, qrange, 0.0);
+  const int64_t channels = layout.channels, count = scales.size(0);
+  const int64_t padded = (count + kCandidatesAtOnce - 1) / kCandidatesAtOnce * kCandidatesAtOnce;
+  const int64_t length = layout.outer * layout.inner, piece_size = kTile * kPieceTiles;
+  const int64_t per_channel = channels ? (length + piece_size - 1) / piece_size : 0;
+  std::vector<double> partial(channels * per_channel * padded, 0.0);
+
+  torch::stable::parallel_for(0, channels * per_channel, 1, [&](int64_t begin, int64_t end) {
+    std::vector<Candidate> candidates(padded, Candidate{1.0f, 1.0f, kMagic, kMagic});
+    std::vector<float> tile(kTile);
+    for (int64_t p = begin; p < end; ++p) {
+      int64_t c = p / per_channel, start = p % per_channel * piece_size;
+      for (int64_t k = 0; k < count; ++k)
+        candidates[k] = make_candidate(grid.scale.data[k * channels + c],
+                                       grid.zero_point.data ? grid.zero_point.data[k * channels + c] : 0.0f, grid.qmin,
+                                       grid.qmax);
+      for (int64_t i = start; i < std::min(start + piece_size, length); i += kTile) {
+        int64_t n = std::min(kTile, length - i);
+        gather(in, layout, c, i, n, tile.data());
+        for (int64_t k = 0; k < padded; k += kCandidatesAtOnce)
+          loop(tile.data(), n, candidates.data() + k, partial.data() + p * padded + k);
+      }
+    }
+  });
+
+  float* out = errors.mutable_data_ptr<float>();
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t c = 0; c < channels; ++c) {
+      double total = 0;
+      for (int64_t p = c * per_channel; p < (c + 1) * per_channel; ++p) total += partial[p * padded + k];
+      out[k * channels + c] = static_cast<float>(total);
+    }
+}
+
+Tensor range_search(Tensor x, Tensor scales, OptionalTensor zero_points, Tensor qrange, std::optional<int64_t> axis) {
+  Tensor errors = empty({scales.size(0), scales.size(1)}, ScalarType::Float);
+  range_search_out(x, scales, zero_points, qrange, axis, errors);
+  return errors;
+}
+
+}  // namespace fastqat::cpu
