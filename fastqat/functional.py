@@ -1,0 +1,580 @@
+"""The functions that users call on tensors, and the ``torch.autograd.Function`` around each kernel.
+
+A call checks its arguments once, views a grouped tensor as one with a scale per row, and hands over to the dispatcher
+op (:mod:`fastqat.ops.schema`). Everything here is stateless: it works under ``torch.func`` transforms, ``torch.compile``
+and export.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastqat.ops import checks, reference, select  # noqa: F401  (importing select registers the ops)
+
+_ops = torch.ops.fastqat
+
+# Scales of a caller who gives no eps are used as they are; this floor keeps the kernels safe where values are not read.
+SMALLEST_SCALE = 2.0**-126
+
+
+@functools.lru_cache(maxsize=None)
+def _cached_qrange(qmin: int, qmax: int, device: torch.device) -> Tensor:
+    return torch.tensor([qmin, qmax], dtype=torch.int32, device=device)
+
+
+def qrange_tensor(qmin: int, qmax: int, device: torch.device) -> Tensor:
+    """qmin and qmax as the int32 tensor [2] that the ops take; one per device, made once."""
+    checks.code_range(qmin, qmax)
+    if torch.compiler.is_compiling():
+        return torch.tensor([qmin, qmax], dtype=torch.int32, device=device)
+    return _cached_qrange(qmin, qmax, device)
+
+
+def _canonical(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, int | None]:
+    """View (or copy) a grouped tensor as [C * groups, group_size] with a scale per row; others stay as they are."""
+    if group_size is None or axis is None:
+        return x, axis
+    return x.movedim(axis, 0).reshape(-1, group_size), 0
+
+
+def _restored(y: Tensor, like: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """Undo :func:`_canonical`: the shape of `like` and the strides that empty_like gives it."""
+    if group_size is None or axis is None:
+        return y
+    y = y.view(like.movedim(axis, 0).shape).movedim(0, axis)
+    result = torch.empty_like(like, dtype=y.dtype)
+    return y if y.stride() == result.stride() else result.copy_(y)
+
+
+def _flat(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.reshape(-1)
+
+
+def _vmap_fold(x: Tensor, batch: int, dim: int | None, axis: int | None) -> Tensor:
+    """x with its batch at `dim` as [batch * C, ...] (C = 1 per tensor): one row per example and channel."""
+    x = x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
+    return (x.unsqueeze(1) if axis is None else x.movedim(axis + 1, 1)).flatten(0, 1)
+
+
+def _vmap_unfold(y: Tensor, batch: int, axis: int | None) -> Tensor:
+    """Inverse of :func:`_vmap_fold`, with the batch in front."""
+    y = y.unflatten(0, (batch, -1))
+    return y.squeeze(1) if axis is None else y.movedim(1, axis + 1)
+
+
+def _vmap_parameter(p: Tensor | None, batch: int, dim: int | None) -> Tensor | None:
+    """A parameter [C] or [C, groups] as [batch * C, ...]."""
+    return None if p is None else _vmap_fold(p, batch, dim, 0)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Quantize-dequantize; saves its inputs, and nothing that is not alive elsewhere."""
+
+    @staticmethod
+    def forward(x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, out_dtype):
+        rows, row_axis = _canonical(x, axis, group_size)
+        y = _ops.fake_quantize(
+            rows, _flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps, out_dtype
+        )
+        return _restored(y, x, axis, group_size)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5])
+        ctx.options = inputs[5:11]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, g):
+        if g is None:
+            return (None,) * 12
+        learned = any(ctx.needs_input_grad[1:4])
+        # Only a second derivative needs a graph of the backward pass itself.
+        run = _FakeQuantizeBackward.apply if torch.is_grad_enabled() else _FakeQuantizeBackward.forward
+        dx, dscale, dshift = run(g, *ctx.saved_tensors, *ctx.options, learned)
+        offset_grid = ctx.saved_tensors[3] is not None
+        shifts = (None, dshift) if offset_grid else (dshift, None)
+        return dx, dscale, *shifts, *(None,) * 8
+
+    @staticmethod
+    def vmap(info, in_dims, x, scale, zero_point, offset, qrange, axis, group_size, *options):
+        if in_dims[4] is not None:
+            raise ValueError("qmin, qmax: wanted the same for the whole batch of vmap; got a batch of them")
+        batch = info.batch_size
+        y = _FakeQuantize.apply(
+            _vmap_fold(x, batch, in_dims[0], axis),
+            *(_vmap_parameter(p, batch, dim) for p, dim in zip((scale, zero_point, offset), in_dims[1:4], strict=True)),
+            qrange,
+            0,
+            group_size,
+            *options,
+        )
+        return _vmap_unfold(y, batch, axis), 0
+
+
+class _FakeQuantizeBackward(torch.autograd.Function):
+    """The gradients of fake_quantize as a function of their own, so that they can be differentiated.
+
+    dx is linear in g. The straight-through estimator makes the second derivatives by x vanish; those by scale and zero
+    point are left only outside the range, where y = scale * (qmin - zero_point).
+    """
+
+    @staticmethod
+    def forward(g, x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, learned):
+        rows, row_axis = _canonical(x, axis, group_size)
+        g_rows, _ = _canonical(g, axis, group_size)
+        grid = (_flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps)
+        if not learned:
+            return _restored(_ops.fake_quantize_backward_input(g_rows, rows, *grid, rounded), x, axis, group_size), None, None
+        dx, dscale, dshift = _ops.fake_quantize_backward(g_rows, rows, *grid, rounded, lsq)
+        if factor is not None:
+            dscale, dshift = dscale * factor, dshift * factor
+        has_shift = zero_point is not None or offset is not None
+        return (
+            _restored(dx, x, axis, group_size),
+            dscale.view(scale.shape),
+            dshift.view(scale.shape) if has_shift else None,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:6])
+        ctx.options = inputs[6:12]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, gdx, gdscale, gdshift):
+        return *_second_order(*ctx.saved_tensors, *ctx.options, gdx, gdscale, gdshift), *(None,) * 8
+
+    @staticmethod
+    def vmap(info, in_dims, g, x, scale, zero_point, offset, qrange, axis, group_size, *options):
+        batch = info.batch_size
+        dx, dscale, dshift = _FakeQuantizeBackward.apply(
+            _vmap_fold(g, batch, in_dims[0], axis),
+            _vmap_fold(x, batch, in_dims[1], axis),
+            *(_vmap_parameter(p, batch, dim) for p, dim in zip((scale, zero_point, offset), in_dims[2:5], strict=True)),
+            qrange,
+            0,
+            group_size,
+            *options,
+        )
+        parameters = [None if p is None else _vmap_unfold(p, batch, 0) for p in (dscale, dshift)]
+        return (_vmap_unfold(dx, batch, axis), *parameters), tuple(None if r is None else 0 for r in (dx, *parameters))
+
+
+def _second_order(
+    g, x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, gdx, gdscale, gdshift
+) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
+    """Gradients of (dx, dscale, dshift) by (g, x, scale, zero_point, offset), in plain torch."""
+    rows, row_axis = _canonical(x, axis, group_size)
+    g_rows, _ = _canonical(g, axis, group_size)
+    grid = reference.grid_of(rows, _flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps)
+    r = reference.shifted(rows, grid) / grid.scale
+    mask = reference.inside(r, grid, rounded)
+    outside = ~mask & ~r.isnan()
+    weight = torch.ones_like(grid.scale) if factor is None else torch.full_like(grid.scale, factor)
+    if lsq:
+        weight = weight * (rows.numel() // scale.numel() * qrange[1].float().clamp(min=1)).rsqrt()
+
+    dg = torch.zeros_like(g_rows, dtype=torch.float32)
+    if gdx is not None:
+        dg = torch.where(mask, _canonical(gdx, axis, group_size)[0].float(), dg)
+    outside_sum = reference.ordered_sum(torch.where(outside, g_rows.double(), 0.0), row_axis).float().view_as(grid.scale)
+    dscale = dzero = None
+    if gdscale is not None:
+        along = gdscale.reshape(grid.scale.shape) * weight
+        slope = reference.level(torch.where(r.isnan(), 0.0, r), grid) - torch.where(mask, r, 0.0)
+        dg = dg + along * torch.where(r.isnan(), 0.0, slope)
+        dzero = -along * outside_sum
+    if gdshift is not None:
+        along = gdshift.reshape(grid.scale.shape) * weight
+        dg = dg + torch.where(outside, along if offset is not None else -grid.scale * along, 0.0)
+        dscale = -along * outside_sum
+    learned_zero = zero_point is not None and offset is None
+    return (
+        _restored(dg.to(g.dtype), x, axis, group_size),
+        None,
+        dscale.view(scale.shape) if dscale is not None and learned_zero else None,
+        dzero.view(scale.shape) if dzero is not None and learned_zero else None,
+        None,
+    )
+
+
+def apply_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    offset: Tensor | None,
+    qrange: Tensor,
+    *,
+    axis: int | None,
+    group_size: int | None,
+    eps: float,
+    ste_mask: str,
+    grad_scale: float | str | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """Differentiable fake quantization of checked arguments, with qmin and qmax as the tensor `qrange` (int32 [2])."""
+    factor = None if grad_scale == "lsq" else grad_scale
+    return _FakeQuantize.apply(
+        x,
+        scale,
+        zero_point,
+        offset,
+        qrange,
+        axis,
+        group_size,
+        eps,
+        ste_mask == "rounded",
+        grad_scale == "lsq",
+        factor,
+        out_dtype,
+    )
+
+
+def _checked_grid(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    offset: Tensor | None,
+    axis: int | None,
+    group_size: int | None,
+    eps: float | None,
+) -> tuple[int | None, float]:
+    """Check a grid against x; return the normalized axis and eps."""
+    axis = checks.normalized_axis(x, axis)
+    shape = checks.scale_shape(x, axis, group_size)
+    checks.parameter("scale", scale, x, shape)
+    checks.parameter("zero_point", zero_point, x, shape)
+    checks.parameter("offset", offset, x, shape)
+    if zero_point is not None and offset is not None:
+        checks.fail(ValueError, "zero_point, offset", "at most one of them", "both")
+    if eps is None:
+        if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_wrapped(scale):
+            checks.positive("scale", scale)
+        return axis, SMALLEST_SCALE
+    if not eps > 0:
+        checks.fail(ValueError, "eps", "a positive number", eps)
+    return axis, float(eps)
+
+
+def _is_wrapped(t: Tensor) -> bool:
+    """True for tensors of torch.func transforms and for fake tensors, whose values cannot be read."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t) or type(t) not in (Tensor, torch.nn.Parameter)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+    offset: Tensor | None = None,
+    ste_mask: str = "rounded",
+    grad_scale: float | str | None = None,
+    eps: float | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Quantize-dequantize x in one pass, with straight-through gradients for x, scale, zero_point and offset.
+
+    Zero-point grid::  c = clamp(rint(x / s) + z, qmin, qmax);  y = s * (c - z)
+    Offset grid::      c = clamp(rint((x - o) / s), qmin, qmax);  y = s * c + o
+
+    with s = max(scale, eps), z = clamp(rint(zero_point), qmin, qmax), ties to even, everything in float32, one rounding to
+    the dtype of the result. NaN gives NaN, and no gradient.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape and strides.
+        scale: float32; [1] per tensor, [C] per channel with C = x.shape[axis], or [C, groups] with group_size.
+        zero_point: float32 like scale, need not be an integer; None is 0.
+        qmin, qmax: lowest and highest code, at most 256 codes within [-128, 255].
+        axis: the channel dimension; None is per tensor.
+        group_size: elements that share a scale, counted along all other dimensions flattened.
+        offset: float32 like scale; selects the offset grid (LSQ+). Excludes zero_point.
+        ste_mask: which x pass their gradient: "rounded", where qmin <= rint(x/s) + z <= qmax, or "unrounded", where
+            qmin <= x/s + z <= qmax.
+        grad_scale: factor on the gradients of scale, zero_point and offset; "lsq" is 1 / sqrt(N * max(qmax, 1)) with N
+            elements to a scale.
+        eps: floor of the scale, with a straight-through gradient. None asks for a positive scale, which is checked where
+            that needs no copy from a device.
+        out_dtype: floating dtype of the result; None is that of x.
+        out: tensor to write into, instead of a new one; takes no part in autograd.
+
+    Returns:
+        Tensor of the shape of x, with the strides of ``torch.empty_like(x)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted, and what came.
+
+    Source: White Paper on Neural Network Quantization (2106.08295), section 2; LSQ (1902.08153); LSQ+ (2004.09576).
+    """
+    checks.float_tensor("x", x)
+    axis, eps = _checked_grid(x, scale, zero_point, offset, axis, group_size, eps)
+    checks.choice("ste_mask", ste_mask, ("rounded", "unrounded"))
+    if isinstance(grad_scale, str):
+        checks.choice("grad_scale", grad_scale, ("lsq",))
+    if out_dtype is not None:
+        checks.choice("out_dtype", out_dtype, checks.FLOAT_DTYPES)
+    qrange = qrange_tensor(qmin, qmax, x.device)
+    if out is not None:
+        return _into(out, _ops.fake_quantize_out, x, scale, zero_point, offset, qrange, axis, group_size, eps, out.dtype)
+    return apply_fake_quantize(
+        x,
+        scale,
+        zero_point,
+        offset,
+        qrange,
+        axis=axis,
+        group_size=group_size,
+        eps=eps,
+        ste_mask=ste_mask,
+        grad_scale=grad_scale,
+        out_dtype=out_dtype,
+    )
+
+
+def _into(
+    out: Tensor, op: Any, x: Tensor, scale: Any, zero_point: Any, offset: Any, qrange: Tensor, axis: Any, group_size: Any, eps: float, dtype: Any
+) -> Tensor:
+    """Run the out form of an op on a grid, and return out."""
+    if out.shape != x.shape or out.device != x.device:
+        checks.fail(ValueError, "out", f"shape {list(x.shape)} on {x.device}", f"{list(out.shape)} on {out.device}")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, zero_point, offset)):
+        checks.fail(ValueError, "out", "no argument that requires a gradient (use torch.no_grad())", "one that does")
+    rows, row_axis = _canonical(x, axis, group_size)
+    out_rows, _ = _canonical(out, axis, group_size)
+    op(rows, _flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps, dtype, out_rows)
+    if out_rows.data_ptr() != out.data_ptr():
+        out.copy_(_restored(out_rows, out, axis, group_size))
+    return out
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+    offset: Tensor | None = None,
+    eps: float | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Integer codes clamp(rint(x / s) + z, qmin, qmax) of x; the code of NaN is z.
+
+    Args:
+        x, scale, zero_point, qmin, qmax, axis, group_size, offset, eps: as for :func:`fake_quantize`.
+        dtype: int8, uint8 or int32; None is int8 where qmin < 0, else uint8.
+        out: tensor of such a dtype to write into.
+
+    Returns:
+        Codes of the shape of x. No gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted, and what came.
+    """
+    checks.float_tensor("x", x)
+    axis, eps = _checked_grid(x, scale, zero_point, offset, axis, group_size, eps)
+    qrange = qrange_tensor(qmin, qmax, x.device)
+    dtype = out.dtype if out is not None else dtype or (torch.int8 if qmin < 0 else torch.uint8)
+    checks.choice("dtype", dtype, checks.CODE_DTYPES)
+    lowest, highest = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    if qmin < lowest or qmax > highest:
+        checks.fail(ValueError, "dtype", f"one that holds {qmin} to {qmax}", dtype)
+    with torch.no_grad():
+        if out is not None:
+            return _into(out, _ops.quantize_out, x, scale, zero_point, offset, qrange, axis, group_size, eps, dtype)
+        rows, row_axis = _canonical(x, axis, group_size)
+        codes = _ops.quantize(rows, _flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps, dtype)
+        return _restored(codes, x, axis, group_size)
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    qmin: int = -128,
+    qmax: int = 127,
+    axis: int | None = None,
+    group_size: int | None = None,
+    offset: Tensor | None = None,
+    eps: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Values s * (codes - z), or s * codes + o, of integer codes.
+
+    Args:
+        codes: int8, uint8 or int32.
+        scale, zero_point, axis, group_size, offset, eps: as for :func:`fake_quantize`.
+        qmin, qmax: the range that the zero point is clamped to; needed only where there is one.
+        dtype: floating dtype of the result.
+        out: tensor of such a dtype to write into.
+
+    Returns:
+        Values of the shape of codes. No gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted, and what came.
+    """
+    checks.code_tensor("codes", codes)
+    axis, eps = _checked_grid(codes, scale, zero_point, offset, axis, group_size, eps)
+    qrange = qrange_tensor(qmin, qmax, codes.device)
+    dtype = out.dtype if out is not None else dtype
+    checks.choice("dtype", dtype, checks.FLOAT_DTYPES)
+    with torch.no_grad():
+        if out is not None:
+            return _into(out, _ops.dequantize_out, codes, scale, zero_point, offset, qrange, axis, group_size, eps, dtype)
+        rows, row_axis = _canonical(codes, axis, group_size)
+        y = _ops.dequantize(rows, _flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps, dtype)
+        return _restored(y, codes, axis, group_size)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Bit stream of the low `bits` bits of each code; the first code takes the lowest bits of the first byte.
+
+    Args:
+        codes: int8, uint8 or int32, any shape, taken in logical order.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 [ceil(codes.numel() * bits / 8)].
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted, and what came.
+    """
+    checks.code_tensor("codes", codes)
+    checks.bit_width(bits)
+    return _ops.pack(codes, bits)
+
+
+def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...] | list[int], *, signed: bool = True) -> Tensor:
+    """Inverse of :func:`pack`.
+
+    Args:
+        packed: uint8, as pack made it.
+        bits: 1 to 8.
+        shape: shape of the codes.
+        signed: the highest bit of a code is its sign.
+
+    Returns:
+        Codes of that shape: int8 where signed, else uint8.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted, and what came.
+    """
+    checks.bit_width(bits)
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
+        checks.fail(TypeError, "packed", "a uint8 tensor", getattr(packed, "dtype", type(packed).__name__))
+    numel = torch.Size(shape).numel()
+    if packed.numel() != (numel * bits + 7) // 8:
+        wanted = f"{(numel * bits + 7) // 8} bytes for {numel} codes of {bits} bits"
+        checks.fail(ValueError, "packed", wanted, f"{packed.numel()} bytes")
+    return _ops.unpack(packed, bits, numel, signed).view(shape)
+
+
+def minmax(x: Tensor, *, axis: int | None = None, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest finite value from one read of x.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        axis, group_size: as for :func:`fake_quantize`.
+
+    Returns:
+        Two float32 tensors of the shape of a scale; +inf and -inf where there is no finite value.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted, and what came.
+    """
+    checks.float_tensor("x", x)
+    axis = checks.normalized_axis(x, axis)
+    shape = checks.scale_shape(x, axis, group_size)
+    with torch.no_grad():
+        low, high = _ops.minmax(*_canonical(x, axis, group_size))
+    return low.view(shape), high.view(shape)
+
+
+def range_search(
+    x: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None = None,
+    *,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """Squared quantization errors of K candidate grids from one read of x: sum (fake_quantize(x) - x)^2.
+
+    Values that are not finite do not count. At a tie either code may be used; both have the same error.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        scales: float32 [K, *scale], with the shape of a scale of x behind K; positive.
+        zero_points: float32 like scales, or None.
+        qmin, qmax, axis, group_size: as for :func:`fake_quantize`.
+
+    Returns:
+        float32 [K, *scale].
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted, and what came.
+
+    Source: White Paper on Neural Network Quantization (2106.08295), section 3.1, MSE ranges.
+    """
+    checks.float_tensor("x", x)
+    axis = checks.normalized_axis(x, axis)
+    shape = checks.scale_shape(x, axis, group_size)
+    checks.parameter("scales", scales, x, (scales.shape[0], *shape) if scales.dim() else shape)
+    checks.parameter("zero_points", zero_points, x, tuple(scales.shape))
+    with torch.no_grad():
+        rows, row_axis = _canonical(x, axis, group_size)
+        errors = _ops.range_search(
+            rows,
+            scales.flatten(1).contiguous(),
+            None if zero_points is None else zero_points.flatten(1).contiguous(),
+            qrange_tensor(qmin, qmax, x.device),
+            row_axis,
+        )
+    return errors.view(scales.shape)
+
+
+def philox_uniform(shape: torch.Size | tuple[int, ...], *, seed: int, step: Tensor, tensor_id: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1), multiples of 2^-24, of the counter-based generator Philox4x32-10.
+
+    Element i takes lane i % 4 of counter (i // 4 low, i // 4 high, step, tensor_id) under the key `seed`: the same
+    arguments give the same bits on every backend, whatever else was drawn.
+
+    Args:
+        shape: of the result; elements are counted in row-major order.
+        seed: 64-bit key.
+        step: int64 [1]; its device is that of the result.
+        tensor_id: 32-bit number that tells tensors of one step apart.
+
+    Returns:
+        float32 of the shape.
+
+    Raises:
+        TypeError: step is not int64.
+        ValueError: step is not of shape [1].
+
+    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
+    """
+    if not isinstance(step, Tensor) or step.dtype != torch.int64:
+        checks.fail(TypeError, "step", "an int64 tensor", getattr(step, "dtype", type(step).__name__))
+    if step.shape != (1,):
+        checks.fail(ValueError, "step", "shape [1]", list(step.shape))
+    signed_seed = (seed & (2**64 - 1)) - (2**64 if seed & 2**63 else 0)
+    return _ops.philox_uniform(step, signed_seed, tensor_id, torch.Size(shape).numel()).view(shape)

@@ -1,0 +1,38 @@
+"""fake_quantize: x rounded to the grid, in one pass."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastqat.ops.triton import layout, math
+from fastqat.ops.triton.launch import launch
+
+
+@triton.jit
+def fake_quantize_kernel(x_ptr, y_ptr, grid, shape, TILE: tl.constexpr):
+    """x, y: [shape.rows, shape.length] in memory order."""
+    OFFSET: tl.constexpr = grid.offset is not None
+    row, col = layout.first_element(shape, TILE)
+    rows, cols = layout.tile_rows(row, TILE), layout.tile_cols(col, TILE)
+    mask = layout.tile_mask(rows, cols, shape, TILE)
+    at = rows * shape.length + cols
+    x = layout.load_float(x_ptr + at, mask)
+    index, exists = layout.channel_index(rows, cols, shape, TILE)
+    ch = layout.load_channel(grid, index, exists)
+    if layout.all_fast(ch, TILE):
+        y = math.fake_quantize(x, ch, True, OFFSET)
+    else:
+        y = math.fake_quantize(x, ch, False, OFFSET)
+    layout.store_float(y_ptr + at, y, mask)
+
+
+def fake_quantize(x, scale, zero_point, offset, qrange, axis, eps, out_dtype, y):
+    """y = fake_quantize(x). x: any shape and strides; y: shape of x; the others: see fastqat.ops.schema."""
+    if x.numel() == 0:
+        return
+    x = layout.dense(x)
+    shape, tile, programs = layout.matrix_of(x, axis, layout.BYTES // max(x.itemsize, y.itemsize))
+    grid = layout.grid_of(scale, zero_point, offset, qrange, eps)
+    with layout.writing(y, x) as y:
+        launch(fake_quantize_kernel, programs, x, y, grid, shape, TILE=tile)

@@ -1,0 +1,205 @@
+"""The scalar truth in Triton: twin of csrc/math.h, with the same names in the same order.
+
+All functions work element by element on float32 tensors that broadcast against each other. A level is a code relative
+to the zero point: level = code - z, clamped to [low, high] = [qmin - z, qmax - z]. On the offset grid z = 0, and x is
+shifted by o before and after. FAST, OFFSET and ROUNDED are math.h's template parameters.
+
+No bare ``/`` on float32 (Triton's is approximate), and kernels are launched without contraction (see launch.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+# 1.5 * 2^23: adding and subtracting it rounds |v| <= 2^22 to an integer, ties to even.
+_ROUNDER = tl.constexpr(12582912.0)
+_KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+class Channel(NamedTuple):
+    """Constants of one scale; for the meaning of the fields see csrc/math.h."""
+
+    scale: tl.tensor
+    reciprocal: tl.tensor
+    low: tl.tensor
+    high: tl.tensor
+    shift: tl.tensor
+    below: tl.tensor
+    above: tl.tensor
+
+
+# Scales in [2^-40, 2^40] may use the three-step quotient; all others divide.
+kSmallestFastScale = tl.constexpr(2.0**-40)
+kLargestFastScale = tl.constexpr(2.0**40)
+
+
+@triton.jit
+def round_even(v):
+    """rint(v) for |v| <= 2^22; NaN stays NaN. Everything here is clamped to a few levels before it is rounded."""
+    return (v + _ROUNDER) - _ROUNDER
+
+
+@triton.jit
+def clamp(v, low, high):
+    """v clamped to [low, high]; NaN stays NaN."""
+    return tl.minimum(tl.maximum(v, low, propagate_nan=_KEEP_NAN), high, propagate_nan=_KEEP_NAN)
+
+
+@triton.jit
+def is_fast_scale(scale):
+    """True if the three-step quotient is exact for this scale."""
+    return (scale >= kSmallestFastScale) & (scale <= kLargestFastScale)
+
+
+@triton.jit
+def make_channel(scale, eps, zero_point, offset, OFFSET: tl.constexpr, qmin, qmax):
+    """Channel of scale max(scale, eps) and zero point clamp(rint(zero_point), qmin, qmax)."""
+    scale = tl.where(scale < eps, eps, scale).to(tl.float32)
+    zero = 0.0 if OFFSET else round_even(clamp(zero_point, qmin, qmax))  # the bounds are integers: same value
+    low = qmin - zero
+    high = qmax - zero
+    shift = offset if OFFSET else zero
+    return Channel(scale, tl.div_rn(1.0, scale), low, high, shift, scale * (low - 1.0), scale * (high + 1.0))
+
+
+@triton.jit
+def quotient(t, ch, FAST: tl.constexpr):
+    """RN(t / scale); FAST: for t clamped to [below, above] and a fast scale (the proof is in csrc/math.h)."""
+    if FAST:
+        q = t * ch.reciprocal
+        e = tl.fma(-q, ch.scale, t)
+        return tl.fma(e, ch.reciprocal, q)
+    else:
+        return tl.div_rn(t, ch.scale)
+
+
+@triton.jit
+def raw_ratio(t, ch, FAST: tl.constexpr):
+    """t / scale up to one level beyond the range; NaN stays NaN. t: x, or x - o on the offset grid."""
+    if FAST:
+        return quotient(clamp(t, ch.below, ch.above), ch, FAST)
+    else:
+        return clamp(quotient(t, ch, FAST), ch.low - 1.0, ch.high + 1.0)
+
+
+@triton.jit
+def level(t, ch, FAST: tl.constexpr):
+    """clamp(rint(t / scale), low, high); NaN stays NaN."""
+    return clamp(round_even(raw_ratio(t, ch, FAST)), ch.low, ch.high)
+
+
+@triton.jit
+def shifted(x, ch, OFFSET: tl.constexpr):
+    """x; x - o on the offset grid."""
+    return x - ch.shift if OFFSET else x
+
+
+@triton.jit
+def value(lev, ch, OFFSET: tl.constexpr):
+    """s * level; s * level + o with two roundings on the offset grid."""
+    y = ch.scale * lev
+    return y + ch.shift if OFFSET else y
+
+
+@triton.jit
+def fake_quantize(x, ch, FAST: tl.constexpr, OFFSET: tl.constexpr):
+    """x rounded to the grid."""
+    return value(level(shifted(x, ch, OFFSET), ch, FAST), ch, OFFSET)
+
+
+@triton.jit
+def quantize(x, ch, FAST: tl.constexpr, OFFSET: tl.constexpr):
+    """The integer code; that of NaN is the zero point."""
+    r = raw_ratio(shifted(x, ch, OFFSET), ch, FAST)
+    lev = clamp(round_even(tl.where(r == r, r, 0.0)), ch.low, ch.high)
+    return lev if OFFSET else lev + ch.shift
+
+
+@triton.jit
+def dequantize(code, ch, OFFSET: tl.constexpr):
+    """The value of an integer code."""
+    return value(code if OFFSET else code - ch.shift, ch, OFFSET)
+
+
+class Gradient(NamedTuple):
+    """What one element adds to the gradients; for the meaning of the fields see csrc/math.h."""
+
+    dx: tl.tensor
+    scale: tl.tensor
+    outside: tl.tensor
+
+
+@triton.jit
+def _raw_ratio_with_sign(t, ch, FAST: tl.constexpr):
+    """raw_ratio() that is 0 only where RN(t / scale) is: a bound of the unrounded mask may be 0.
+
+    Below about 2^-100 the remainder in quotient() is no longer exact, so t is taken away from there.
+    """
+    if FAST:
+        return quotient(clamp(t, ch.below, ch.above) * 2.0**64, ch, FAST) * 2.0**-64
+    else:
+        return raw_ratio(t, ch, FAST)
+
+
+@triton.jit
+def _gradient_unit(ch):
+    """1 for a fast scale, else a power of two near 1 / scale, which keeps the terms of ds away from 0 and Inf.
+
+    A departure from csrc/math.h, which divides in float64 there: that took 60 more registers in every thread.
+    """
+    exponent = (ch.scale.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    power = ((254 - tl.minimum(tl.maximum(exponent, 1), 253)) << 23).to(tl.float32, bitcast=True)
+    return tl.where(is_fast_scale(ch.scale), 1.0, power)
+
+
+@triton.jit
+def fake_quantize_backward(g, x, ch, FAST: tl.constexpr, OFFSET: tl.constexpr, ROUNDED: tl.constexpr):
+    """Gradient of one element; the term of ds is multiplied by grad_scale_divisor()."""
+    t = shifted(x, ch, OFFSET)
+    r = raw_ratio(t, ch, FAST) if ROUNDED else _raw_ratio_with_sign(t, ch, FAST)
+    k = round_even(r)
+    tested = k if ROUNDED else r
+    inside = (tested >= ch.low) & (tested <= ch.high)
+    lev = tl.minimum(tl.maximum(k, ch.low), ch.high)  # NaN becomes the lowest level, so that no term is NaN
+    valid = tl.where(r == r, g, 0.0)
+    passed = tl.where(inside, t, 0.0)
+    if FAST:
+        slope = tl.fma(lev, ch.scale, -passed)
+    else:
+        unit = _gradient_unit(ch)
+        slope = tl.fma(lev, ch.scale * unit, -(passed * unit))
+    return Gradient(tl.where(inside, g, 0.0), valid * slope, tl.where(inside, 0.0, valid))
+
+
+@triton.jit
+def grad_scale_divisor(ch):
+    """What the sum of Gradient.scale must be divided by. float64."""
+    return (ch.scale * _gradient_unit(ch)).to(tl.float64)
+
+
+class Philox(NamedTuple):
+    """Four 32-bit numbers of one counter."""
+
+    lane0: tl.tensor
+    lane1: tl.tensor
+    lane2: tl.tensor
+    lane3: tl.tensor
+
+
+@triton.jit
+def philox(seed, block, step, tensor_id):
+    """Philox4x32-10 (Salmon et al., SC 2011): key = seed, counter = (block low, block high, step, tensor id).
+
+    seed: 64-bit scalar; block: int64 [n]; step, tensor_id: uint32 [n].
+    """
+    c0, c1, c2, c3 = tl.philox(seed, block.to(tl.uint32), (block >> 32).to(tl.uint32), step, tensor_id)
+    return Philox(c0, c1, c2, c3)
+
+
+@triton.jit
+def uniform(bits):
+    """In [0, 1), a multiple of 2^-24. bits: uint32."""
+    return (bits >> 8).to(tl.float32) * 2.0**-24

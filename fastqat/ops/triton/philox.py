@@ -1,0 +1,31 @@
+"""philox_uniform: random numbers that are the same on every backend."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastqat.ops.triton import layout, math
+from fastqat.ops.triton.launch import cdiv, launch
+
+BLOCKS = tl.constexpr(512)  # counters of one program, four numbers each
+
+
+@triton.jit(do_not_specialize=["seed", "tensor_id"])
+def philox_uniform_kernel(u_ptr, step_ptr, seed, tensor_id, numel):
+    """u: float32 [numel]; step: int64 [1]; seed, tensor_id: scalars."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    zeros = tl.zeros((BLOCKS,), tl.uint32)
+    step = zeros + tl.load(step_ptr).to(tl.uint32)
+    random = math.philox(seed, block, step, zeros + tensor_id.to(tl.uint32))
+    bits = tl.join(tl.join(random.lane0, random.lane2), tl.join(random.lane1, random.lane3))  # [BLOCKS, 2, 2]
+    element = tl.program_id(0).to(tl.int64) * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
+    tl.store(u_ptr + element, math.uniform(tl.reshape(bits, (4 * BLOCKS,))), mask=element < numel)
+
+
+def philox_uniform(step, seed, tensor_id, numel, u):
+    """u = uniform numbers in [0, 1). step: int64 [1]; u: float32 [numel]."""
+    if numel == 0:
+        return
+    with layout.writing(u, u.new_empty(u.shape)) as u:
+        launch(philox_uniform_kernel, cdiv(numel, 4 * BLOCKS.value), u, step, seed, tensor_id, numel)

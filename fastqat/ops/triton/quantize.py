@@ -1,0 +1,61 @@
+"""quantize and dequantize: integer codes of x, and values of integer codes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastqat.ops.triton import layout, math
+from fastqat.ops.triton.launch import launch
+
+
+@triton.jit
+def quantize_kernel(x_ptr, codes_ptr, grid, shape, TILE: tl.constexpr):
+    """x, codes: [shape.rows, shape.length] in memory order."""
+    OFFSET: tl.constexpr = grid.offset is not None
+    row, col = layout.first_element(shape, TILE)
+    rows, cols = layout.tile_rows(row, TILE), layout.tile_cols(col, TILE)
+    mask = layout.tile_mask(rows, cols, shape, TILE)
+    at = rows * shape.length + cols
+    x = layout.load_float(x_ptr + at, mask)
+    index, exists = layout.channel_index(rows, cols, shape, TILE)
+    ch = layout.load_channel(grid, index, exists)
+    if layout.all_fast(ch, TILE):
+        code = math.quantize(x, ch, True, OFFSET)
+    else:
+        code = math.quantize(x, ch, False, OFFSET)
+    layout.store_float(codes_ptr + at, code, mask)
+
+
+@triton.jit
+def dequantize_kernel(codes_ptr, y_ptr, grid, shape, TILE: tl.constexpr):
+    """codes, y: [shape.rows, shape.length] in memory order."""
+    row, col = layout.first_element(shape, TILE)
+    rows, cols = layout.tile_rows(row, TILE), layout.tile_cols(col, TILE)
+    mask = layout.tile_mask(rows, cols, shape, TILE)
+    at = rows * shape.length + cols
+    code = layout.load_float(codes_ptr + at, mask)
+    index, exists = layout.channel_index(rows, cols, shape, TILE)
+    ch = layout.load_channel(grid, index, exists)
+    layout.store_float(y_ptr + at, math.dequantize(code, ch, grid.offset is not None), mask)
+
+
+def _map(kernel, x, scale, zero_point, offset, qrange, axis, eps, y):
+    """y = kernel(x), element by element. x: any shape and strides; y: shape of x."""
+    if x.numel() == 0:
+        return
+    x = layout.dense(x)
+    shape, tile, programs = layout.matrix_of(x, axis, layout.BYTES // max(x.itemsize, y.itemsize))
+    grid = layout.grid_of(scale, zero_point, offset, qrange, eps)
+    with layout.writing(y, x) as y:
+        launch(kernel, programs, x, y, grid, shape, TILE=tile)
+
+
+def quantize(x, scale, zero_point, offset, qrange, axis, eps, dtype, codes):
+    """codes = quantize(x). x, codes: one shape, any strides; the others: see fastqat.ops.schema."""
+    _map(quantize_kernel, x, scale, zero_point, offset, qrange, axis, eps, codes)
+
+
+def dequantize(codes, scale, zero_point, offset, qrange, axis, eps, dtype, y):
+    """y = dequantize(codes). codes, y: one shape, any strides; the others: see fastqat.ops.schema."""
+    _map(dequantize_kernel, codes, scale, zero_point, offset, qrange, axis, eps, y)

@@ -1,0 +1,1 @@
+"""The trainer behind ``fastqat train``: an ordinary user of the library, and an example to copy from."""
