@@ -53,9 +53,9 @@ FASTQAT_INLINE Channel make_channel(float scale, float eps, float zero_point, fl
   return ch;
 }
 
-// RN(t / scale). Fast: t lies in [below, above] and the scale is a fast one, so nothing overflows; q = RN(t * R) is within
-// 2 ulp, the remainder e = t - q * scale is exact wherever q can round to another level than 0, and q + e * R rounds to
-// the correctly rounded quotient.
+// RN(t / scale). Fast: t lies in [below, above] and the scale is a fast one, so nothing overflows; q = RN(t * R) is
+// within 2 ulp, the remainder e = t - q * scale is exact wherever q can round to another level than 0, and q + e * R
+// rounds to the correctly rounded quotient.
 template <bool kFast>
 FASTQAT_INLINE float quotient(float t, const Channel& ch) {
   if (!kFast) return t / ch.scale;

@@ -1,14 +1,14 @@
 // The only file that names torch: the stable ABI's tensors in the words that the kernels use.
 #pragma once
 
-#include <optional>
-#include <tuple>
-#include <vector>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
 
 #include "layout.h"
 #include "math.h"
@@ -32,16 +32,14 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
 // Uninitialized tensor with the sizes and strides of a dense tensor.
 inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      t.dim(), t.sizes().data(), t.strides().data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0,
-      &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(t.dim(), t.sizes().data(), t.strides().data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype);
-}
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) { return torch::stable::empty(sizes, dtype); }
 
 // The tensor itself where it is dense, else a copy with the strides that empty_like(preserve_format) gives.
 inline Tensor dense(const Tensor& t) { return is_dense(t) ? t : torch::stable::clone(t); }

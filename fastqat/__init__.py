@@ -1,15 +1,15 @@
 """fastqat: quantization-aware training that costs nothing extra."""
 
 from fastqat import functional, nn
+from fastqat._version import __version__
 from fastqat.nn import FakeQuant, QConfig, QSpec, calibrate, prepare, quantizer_parameters, step
 from fastqat.ops.select import current_backend, status, use_backend
-
-__version__ = "0.1.0"
 
 __all__ = [
     "FakeQuant",
     "QConfig",
     "QSpec",
+    "__version__",
     "calibrate",
     "current_backend",
     "functional",

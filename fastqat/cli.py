@@ -10,7 +10,6 @@ import math
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ import torch
 
 import fastqat
 from fastqat.models import MODELS
+from fastqat.ranges import ESTIMATORS
 from fastqat.train.config import RECIPES, Config, make_config
-
-RANGES = ("mse", "minmax", "running_minmax", "percentile")
 
 USER_ERROR = 2
 FAILED = 1
@@ -50,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def status(options: dict[str, Any]) -> int:
     """Print versions, and for each backend whether it can run here, or why not."""
-    versions = {"fastqat": _version(), "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"fastqat": fastqat.__version__, "torch": torch.__version__, "python": platform.python_version()}
     used = {f"on {device}": fastqat.current_backend(device) for device in ("cpu", "cuda")}
     for title, lines in (("versions", versions), ("backends", fastqat.status()), ("chosen", used)):
         print(title)
@@ -78,21 +76,18 @@ def train(options: dict[str, Any]) -> int:
     return 0
 
 
-def _version() -> str:
-    try:
-        return metadata.version("fastqat")
-    except metadata.PackageNotFoundError:
-        return "not installed (running from source)"
-
-
 def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
     """Make an argparse type: an integer from low to high."""
     wanted = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
 
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < low or (high is not None and int(text) > high):
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low or (high is not None and number > high):
             raise argparse.ArgumentTypeError(f"wanted {wanted}; got {text!r}")
-        return int(text)
+        return number
 
     return parse
 
@@ -151,7 +146,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         type=_integer(0, 8),
         metavar="N",
     )
-    add(quantization, "range", "how the first ranges are chosen: %(choices)s", choices=RANGES, metavar="NAME")
+    add(quantization, "range", "how the first ranges are chosen: %(choices)s", choices=list(ESTIMATORS), metavar="NAME")
     add(quantization, "calibration-batches", "training batches that choose the ranges", type=_integer(1), metavar="N")
 
     training = parser.add_argument_group("training")

@@ -1,8 +1,8 @@
-"""The functions that users call on tensors, and the ``torch.autograd.Function`` around each kernel.
+"""The functions that users call on tensors.
 
-A call checks its arguments once, views a grouped tensor as one with a scale per row, and hands over to the dispatcher
-op (:mod:`fastqat.ops.schema`). Everything here is stateless: it works under ``torch.func`` transforms, ``torch.compile``
-and export.
+A call checks its arguments once and hands over to the kernel (:mod:`fastqat.ops.schema`), through
+:mod:`fastqat.autograd` where there is a gradient. Everything here is stateless: it works under ``torch.func``
+transforms, ``torch.compile`` and export.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastqat.ops import checks, reference, select  # noqa: F401  (importing select registers the ops)
+from fastqat.autograd import apply_fake_quantize, as_rows, flat, from_rows
+from fastqat.ops import checks
 
 _ops = torch.ops.fastqat
 
@@ -21,7 +22,7 @@ _ops = torch.ops.fastqat
 SMALLEST_SCALE = 2.0**-126
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cached_qrange(qmin: int, qmax: int, device: torch.device) -> Tensor:
     return torch.tensor([qmin, qmax], dtype=torch.int32, device=device)
 
@@ -32,208 +33,6 @@ def qrange_tensor(qmin: int, qmax: int, device: torch.device) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.tensor([qmin, qmax], dtype=torch.int32, device=device)
     return _cached_qrange(qmin, qmax, device)
-
-
-def _canonical(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, int | None]:
-    """View (or copy) a grouped tensor as [C * groups, group_size] with a scale per row; others stay as they are."""
-    if group_size is None or axis is None:
-        return x, axis
-    return x.movedim(axis, 0).reshape(-1, group_size), 0
-
-
-def _restored(y: Tensor, like: Tensor, axis: int | None, group_size: int | None) -> Tensor:
-    """Undo :func:`_canonical`: the shape of `like` and the strides that empty_like gives it."""
-    if group_size is None or axis is None:
-        return y
-    y = y.view(like.movedim(axis, 0).shape).movedim(0, axis)
-    result = torch.empty_like(like, dtype=y.dtype)
-    return y if y.stride() == result.stride() else result.copy_(y)
-
-
-def _flat(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.reshape(-1)
-
-
-def _vmap_fold(x: Tensor, batch: int, dim: int | None, axis: int | None) -> Tensor:
-    """x with its batch at `dim` as [batch * C, ...] (C = 1 per tensor): one row per example and channel."""
-    x = x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
-    return (x.unsqueeze(1) if axis is None else x.movedim(axis + 1, 1)).flatten(0, 1)
-
-
-def _vmap_unfold(y: Tensor, batch: int, axis: int | None) -> Tensor:
-    """Inverse of :func:`_vmap_fold`, with the batch in front."""
-    y = y.unflatten(0, (batch, -1))
-    return y.squeeze(1) if axis is None else y.movedim(1, axis + 1)
-
-
-def _vmap_parameter(p: Tensor | None, batch: int, dim: int | None) -> Tensor | None:
-    """A parameter [C] or [C, groups] as [batch * C, ...]."""
-    return None if p is None else _vmap_fold(p, batch, dim, 0)
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """Quantize-dequantize; saves its inputs, and nothing that is not alive elsewhere."""
-
-    @staticmethod
-    def forward(x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, out_dtype):
-        rows, row_axis = _canonical(x, axis, group_size)
-        y = _ops.fake_quantize(
-            rows, _flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps, out_dtype
-        )
-        return _restored(y, x, axis, group_size)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:5])
-        ctx.options = inputs[5:11]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, g):
-        if g is None:
-            return (None,) * 12
-        learned = any(ctx.needs_input_grad[1:4])
-        # Only a second derivative needs a graph of the backward pass itself.
-        run = _FakeQuantizeBackward.apply if torch.is_grad_enabled() else _FakeQuantizeBackward.forward
-        dx, dscale, dshift = run(g, *ctx.saved_tensors, *ctx.options, learned)
-        offset_grid = ctx.saved_tensors[3] is not None
-        shifts = (None, dshift) if offset_grid else (dshift, None)
-        return dx, dscale, *shifts, *(None,) * 8
-
-    @staticmethod
-    def vmap(info, in_dims, x, scale, zero_point, offset, qrange, axis, group_size, *options):
-        if in_dims[4] is not None:
-            raise ValueError("qmin, qmax: wanted the same for the whole batch of vmap; got a batch of them")
-        batch = info.batch_size
-        y = _FakeQuantize.apply(
-            _vmap_fold(x, batch, in_dims[0], axis),
-            *(_vmap_parameter(p, batch, dim) for p, dim in zip((scale, zero_point, offset), in_dims[1:4], strict=True)),
-            qrange,
-            0,
-            group_size,
-            *options,
-        )
-        return _vmap_unfold(y, batch, axis), 0
-
-
-class _FakeQuantizeBackward(torch.autograd.Function):
-    """The gradients of fake_quantize as a function of their own, so that they can be differentiated.
-
-    dx is linear in g. The straight-through estimator makes the second derivatives by x vanish; those by scale and zero
-    point are left only outside the range, where y = scale * (qmin - zero_point).
-    """
-
-    @staticmethod
-    def forward(g, x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, learned):
-        rows, row_axis = _canonical(x, axis, group_size)
-        g_rows, _ = _canonical(g, axis, group_size)
-        grid = (_flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps)
-        if not learned:
-            return _restored(_ops.fake_quantize_backward_input(g_rows, rows, *grid, rounded), x, axis, group_size), None, None
-        dx, dscale, dshift = _ops.fake_quantize_backward(g_rows, rows, *grid, rounded, lsq)
-        if factor is not None:
-            dscale, dshift = dscale * factor, dshift * factor
-        has_shift = zero_point is not None or offset is not None
-        return (
-            _restored(dx, x, axis, group_size),
-            dscale.view(scale.shape),
-            dshift.view(scale.shape) if has_shift else None,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:6])
-        ctx.options = inputs[6:12]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, gdx, gdscale, gdshift):
-        return *_second_order(*ctx.saved_tensors, *ctx.options, gdx, gdscale, gdshift), *(None,) * 8
-
-    @staticmethod
-    def vmap(info, in_dims, g, x, scale, zero_point, offset, qrange, axis, group_size, *options):
-        batch = info.batch_size
-        dx, dscale, dshift = _FakeQuantizeBackward.apply(
-            _vmap_fold(g, batch, in_dims[0], axis),
-            _vmap_fold(x, batch, in_dims[1], axis),
-            *(_vmap_parameter(p, batch, dim) for p, dim in zip((scale, zero_point, offset), in_dims[2:5], strict=True)),
-            qrange,
-            0,
-            group_size,
-            *options,
-        )
-        parameters = [None if p is None else _vmap_unfold(p, batch, 0) for p in (dscale, dshift)]
-        return (_vmap_unfold(dx, batch, axis), *parameters), tuple(None if r is None else 0 for r in (dx, *parameters))
-
-
-def _second_order(
-    g, x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, gdx, gdscale, gdshift
-) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
-    """Gradients of (dx, dscale, dshift) by (g, x, scale, zero_point, offset), in plain torch."""
-    rows, row_axis = _canonical(x, axis, group_size)
-    g_rows, _ = _canonical(g, axis, group_size)
-    grid = reference.grid_of(rows, _flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps)
-    r = reference.shifted(rows, grid) / grid.scale
-    mask = reference.inside(r, grid, rounded)
-    outside = ~mask & ~r.isnan()
-    weight = torch.ones_like(grid.scale) if factor is None else torch.full_like(grid.scale, factor)
-    if lsq:
-        weight = weight * (rows.numel() // scale.numel() * qrange[1].float().clamp(min=1)).rsqrt()
-
-    dg = torch.zeros_like(g_rows, dtype=torch.float32)
-    if gdx is not None:
-        dg = torch.where(mask, _canonical(gdx, axis, group_size)[0].float(), dg)
-    outside_sum = reference.ordered_sum(torch.where(outside, g_rows.double(), 0.0), row_axis).float().view_as(grid.scale)
-    dscale = dzero = None
-    if gdscale is not None:
-        along = gdscale.reshape(grid.scale.shape) * weight
-        slope = reference.level(torch.where(r.isnan(), 0.0, r), grid) - torch.where(mask, r, 0.0)
-        dg = dg + along * torch.where(r.isnan(), 0.0, slope)
-        dzero = -along * outside_sum
-    if gdshift is not None:
-        along = gdshift.reshape(grid.scale.shape) * weight
-        dg = dg + torch.where(outside, along if offset is not None else -grid.scale * along, 0.0)
-        dscale = -along * outside_sum
-    learned_zero = zero_point is not None and offset is None
-    return (
-        _restored(dg.to(g.dtype), x, axis, group_size),
-        None,
-        dscale.view(scale.shape) if dscale is not None and learned_zero else None,
-        dzero.view(scale.shape) if dzero is not None and learned_zero else None,
-        None,
-    )
-
-
-def apply_fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    offset: Tensor | None,
-    qrange: Tensor,
-    *,
-    axis: int | None,
-    group_size: int | None,
-    eps: float,
-    ste_mask: str,
-    grad_scale: float | str | None,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
-    """Differentiable fake quantization of checked arguments, with qmin and qmax as the tensor `qrange` (int32 [2])."""
-    factor = None if grad_scale == "lsq" else grad_scale
-    return _FakeQuantize.apply(
-        x,
-        scale,
-        zero_point,
-        offset,
-        qrange,
-        axis,
-        group_size,
-        eps,
-        ste_mask == "rounded",
-        grad_scale == "lsq",
-        factor,
-        out_dtype,
-    )
 
 
 def _checked_grid(
@@ -288,8 +87,8 @@ def fake_quantize(
     Zero-point grid::  c = clamp(rint(x / s) + z, qmin, qmax);  y = s * (c - z)
     Offset grid::      c = clamp(rint((x - o) / s), qmin, qmax);  y = s * c + o
 
-    with s = max(scale, eps), z = clamp(rint(zero_point), qmin, qmax), ties to even, everything in float32, one rounding to
-    the dtype of the result. NaN gives NaN, and no gradient.
+    with s = max(scale, eps), z = clamp(rint(zero_point), qmin, qmax), ties to even, everything in float32, one rounding
+    to the dtype of the result. NaN gives NaN, and no gradient.
 
     Args:
         x: float32, bfloat16 or float16, any shape and strides.
@@ -301,8 +100,8 @@ def fake_quantize(
         offset: float32 like scale; selects the offset grid (LSQ+). Excludes zero_point.
         ste_mask: which x pass their gradient: "rounded", where qmin <= rint(x/s) + z <= qmax, or "unrounded", where
             qmin <= x/s + z <= qmax.
-        grad_scale: factor on the gradients of scale, zero_point and offset; "lsq" is 1 / sqrt(N * max(qmax, 1)) with N
-            elements to a scale.
+        grad_scale: factor on the gradients of scale, zero_point and offset; "lsq" is 1 / sqrt(N * max(qmax, 1)) with
+            N elements to a scale.
         eps: floor of the scale, with a straight-through gradient. None asks for a positive scale, which is checked where
             that needs no copy from a device.
         out_dtype: floating dtype of the result; None is that of x.
@@ -325,7 +124,9 @@ def fake_quantize(
         checks.choice("out_dtype", out_dtype, checks.FLOAT_DTYPES)
     qrange = qrange_tensor(qmin, qmax, x.device)
     if out is not None:
-        return _into(out, _ops.fake_quantize_out, x, scale, zero_point, offset, qrange, axis, group_size, eps, out.dtype)
+        return _into(
+            out, _ops.fake_quantize_out, x, scale, zero_point, offset, qrange, axis, group_size, eps, out.dtype
+        )
     return apply_fake_quantize(
         x,
         scale,
@@ -342,18 +143,28 @@ def fake_quantize(
 
 
 def _into(
-    out: Tensor, op: Any, x: Tensor, scale: Any, zero_point: Any, offset: Any, qrange: Tensor, axis: Any, group_size: Any, eps: float, dtype: Any
+    out: Tensor,
+    op: Any,
+    x: Tensor,
+    scale: Any,
+    zero_point: Any,
+    offset: Any,
+    qrange: Tensor,
+    axis: Any,
+    group_size: Any,
+    eps: float,
+    dtype: Any,
 ) -> Tensor:
     """Run the out form of an op on a grid, and return out."""
     if out.shape != x.shape or out.device != x.device:
         checks.fail(ValueError, "out", f"shape {list(x.shape)} on {x.device}", f"{list(out.shape)} on {out.device}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, zero_point, offset)):
         checks.fail(ValueError, "out", "no argument that requires a gradient (use torch.no_grad())", "one that does")
-    rows, row_axis = _canonical(x, axis, group_size)
-    out_rows, _ = _canonical(out, axis, group_size)
-    op(rows, _flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps, dtype, out_rows)
+    rows, row_axis = as_rows(x, axis, group_size)
+    out_rows, _ = as_rows(out, axis, group_size)
+    op(rows, flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps, dtype, out_rows)
     if out_rows.data_ptr() != out.data_ptr():
-        out.copy_(_restored(out_rows, out, axis, group_size))
+        out.copy_(from_rows(out_rows, out, axis, group_size))
     return out
 
 
@@ -395,9 +206,9 @@ def quantize(
     with torch.no_grad():
         if out is not None:
             return _into(out, _ops.quantize_out, x, scale, zero_point, offset, qrange, axis, group_size, eps, dtype)
-        rows, row_axis = _canonical(x, axis, group_size)
-        codes = _ops.quantize(rows, _flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps, dtype)
-        return _restored(codes, x, axis, group_size)
+        rows, row_axis = as_rows(x, axis, group_size)
+        codes = _ops.quantize(rows, flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps, dtype)
+        return from_rows(codes, x, axis, group_size)
 
 
 def dequantize(
@@ -436,10 +247,12 @@ def dequantize(
     checks.choice("dtype", dtype, checks.FLOAT_DTYPES)
     with torch.no_grad():
         if out is not None:
-            return _into(out, _ops.dequantize_out, codes, scale, zero_point, offset, qrange, axis, group_size, eps, dtype)
-        rows, row_axis = _canonical(codes, axis, group_size)
-        y = _ops.dequantize(rows, _flat(scale), _flat(zero_point), _flat(offset), qrange, row_axis, eps, dtype)
-        return _restored(y, codes, axis, group_size)
+            return _into(
+                out, _ops.dequantize_out, codes, scale, zero_point, offset, qrange, axis, group_size, eps, dtype
+            )
+        rows, row_axis = as_rows(codes, axis, group_size)
+        y = _ops.dequantize(rows, flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps, dtype)
+        return from_rows(y, codes, axis, group_size)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -460,7 +273,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return _ops.pack(codes, bits)
 
 
-def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...] | list[int], *, signed: bool = True) -> Tensor:
+def unpack(
+    packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...] | list[int], *, signed: bool = True
+) -> Tensor:
     """Inverse of :func:`pack`.
 
     Args:
@@ -502,7 +317,7 @@ def minmax(x: Tensor, *, axis: int | None = None, group_size: int | None = None)
     axis = checks.normalized_axis(x, axis)
     shape = checks.scale_shape(x, axis, group_size)
     with torch.no_grad():
-        low, high = _ops.minmax(*_canonical(x, axis, group_size))
+        low, high = _ops.minmax(*as_rows(x, axis, group_size))
     return low.view(shape), high.view(shape)
 
 
@@ -540,7 +355,7 @@ def range_search(
     checks.parameter("scales", scales, x, (scales.shape[0], *shape) if scales.dim() else shape)
     checks.parameter("zero_points", zero_points, x, tuple(scales.shape))
     with torch.no_grad():
-        rows, row_axis = _canonical(x, axis, group_size)
+        rows, row_axis = as_rows(x, axis, group_size)
         errors = _ops.range_search(
             rows,
             scales.flatten(1).contiguous(),

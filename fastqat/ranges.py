@@ -29,7 +29,9 @@ class GridSpec:
     symmetric: bool
 
 
-def grid_from_range(low: Tensor, high: Tensor, qmin: Tensor | int, qmax: Tensor | int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def grid_from_range(
+    low: Tensor, high: Tensor, qmin: Tensor | int, qmax: Tensor | int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the grid that covers [low, high] and holds 0 exactly.
 
     symmetric:  s = max(|low|, |high|) / qmax  (|high| alone for unsigned codes),  z = 0
@@ -134,8 +136,8 @@ class MeanSquaredError:
 
     def __init__(self, spec: GridSpec) -> None:
         self.spec = spec
-        self.scales: Tensor | None = None  # [K, *scale]
-        self.zero_points: Tensor | None = None
+        self.scales: Tensor  # [K, *scale], from the first tensor on
+        self.zero_points: Tensor
         self.errors: Tensor | None = None  # float64 [K, *scale]
 
     def _candidates(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,18 +147,16 @@ class MeanSquaredError:
         else:
             side = torch.arange(1, CANDIDATES_PER_SIDE + 1, device=x.device) / CANDIDATES_PER_SIDE
             shrink_low, shrink_high = torch.cartesian_prod(side, side).unbind(1)
-        tail = (-1,) + (1,) * low.dim()
         grids = [
             grid_from_range(low * a, high * b, self.spec.qmin, self.spec.qmax, self.spec.symmetric)
             for a, b in zip(shrink_low, shrink_high, strict=True)
         ]
-        assert len(tail) == low.dim() + 1
         return torch.stack([s for s, _ in grids]), torch.stack([z for _, z in grids])
 
     def observe(self, x: Tensor) -> None:
         """Add the errors of a tensor. x: any floating dtype."""
         x = x.detach()
-        if self.scales is None:
+        if self.errors is None:
             self.scales, self.zero_points = self._candidates(x)
             self.errors = torch.zeros_like(self.scales, dtype=torch.float64)
         self.errors += functional.range_search(
@@ -176,10 +176,11 @@ class MeanSquaredError:
         return self.scales.gather(0, best)[0], self.zero_points.gather(0, best)[0]
 
 
+Estimator = MinMax | MeanSquaredError
 ESTIMATORS = ("minmax", "running_minmax", "percentile", "mse")
 
 
-def estimator(name: str, spec: GridSpec, *, momentum: float, percentile: float) -> MinMax | MeanSquaredError:
+def estimator(name: str, spec: GridSpec, *, momentum: float, percentile: float) -> Estimator:
     """Make a range estimator by its name, one of :data:`ESTIMATORS`."""
     checks.choice("range", name, ESTIMATORS)
     if name == "minmax":

@@ -90,13 +90,25 @@ struct Input {
 
   const float* block(int64_t offset, int64_t n, float* buffer) const {
     switch (dtype) {
-      case ScalarType::Float: return static_cast<const float*>(data) + offset;
-      case ScalarType::BFloat16: widen(static_cast<const BFloat16*>(data) + offset, buffer, n); break;
-      case ScalarType::Half: widen(static_cast<const Float16*>(data) + offset, buffer, n); break;
-      case ScalarType::Char: widen(static_cast<const int8_t*>(data) + offset, buffer, n); break;
-      case ScalarType::Byte: widen(static_cast<const uint8_t*>(data) + offset, buffer, n); break;
-      case ScalarType::Int: widen(static_cast<const int32_t*>(data) + offset, buffer, n); break;
-      default: STD_TORCH_CHECK(false, "fastqat: no kernel for this dtype");
+      case ScalarType::Float:
+        return static_cast<const float*>(data) + offset;
+      case ScalarType::BFloat16:
+        widen(static_cast<const BFloat16*>(data) + offset, buffer, n);
+        break;
+      case ScalarType::Half:
+        widen(static_cast<const Float16*>(data) + offset, buffer, n);
+        break;
+      case ScalarType::Char:
+        widen(static_cast<const int8_t*>(data) + offset, buffer, n);
+        break;
+      case ScalarType::Byte:
+        widen(static_cast<const uint8_t*>(data) + offset, buffer, n);
+        break;
+      case ScalarType::Int:
+        widen(static_cast<const int32_t*>(data) + offset, buffer, n);
+        break;
+      default:
+        STD_TORCH_CHECK(false, "fastqat: no kernel for this dtype");
     }
     return buffer;
   }
@@ -115,13 +127,25 @@ struct Output {
 
   void commit(int64_t offset, int64_t n, const float* buffer) const {
     switch (dtype) {
-      case ScalarType::Float: break;
-      case ScalarType::BFloat16: narrow(buffer, static_cast<BFloat16*>(data) + offset, n); break;
-      case ScalarType::Half: narrow(buffer, static_cast<Float16*>(data) + offset, n); break;
-      case ScalarType::Char: narrow(buffer, static_cast<int8_t*>(data) + offset, n); break;
-      case ScalarType::Byte: narrow(buffer, static_cast<uint8_t*>(data) + offset, n); break;
-      case ScalarType::Int: narrow(buffer, static_cast<int32_t*>(data) + offset, n); break;
-      default: STD_TORCH_CHECK(false, "fastqat: no kernel for this dtype");
+      case ScalarType::Float:
+        break;
+      case ScalarType::BFloat16:
+        narrow(buffer, static_cast<BFloat16*>(data) + offset, n);
+        break;
+      case ScalarType::Half:
+        narrow(buffer, static_cast<Float16*>(data) + offset, n);
+        break;
+      case ScalarType::Char:
+        narrow(buffer, static_cast<int8_t*>(data) + offset, n);
+        break;
+      case ScalarType::Byte:
+        narrow(buffer, static_cast<uint8_t*>(data) + offset, n);
+        break;
+      case ScalarType::Int:
+        narrow(buffer, static_cast<int32_t*>(data) + offset, n);
+        break;
+      default:
+        STD_TORCH_CHECK(false, "fastqat: no kernel for this dtype");
     }
   }
 };

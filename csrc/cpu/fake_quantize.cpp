@@ -12,7 +12,8 @@ FASTQAT_CLONES void loop(const float* x, float* y, int64_t n, Channels channels)
 
 // x, y: dense, the same sizes and strides.
 void run(const Tensor& x, const Grid& grid, std::optional<int64_t> axis, const Tensor& y) {
-  map_elements(x, y, axis, grid, [&](const auto& channels) { return FASTQAT_PICK(loop, channels, grid.offset_grid()); });
+  map_elements(x, y, axis, grid,
+               [&](const auto& channels) { return FASTQAT_PICK(loop, channels, grid.offset_grid()); });
 }
 
 }  // namespace

@@ -61,8 +61,8 @@ void finish(const std::vector<std::array<double, kTerms>>& sums, const Grid& gri
     Channel ch = grid.channel(c);
     dscale[c] = static_cast<float>(sums[c][0] / grad_scale_divisor(ch) * factor);
     if (kTerms > 1)
-      dshift[c] = static_cast<float>((grid.offset_grid() ? 1.0 : -static_cast<double>(ch.scale)) *
-                                     sums[c][kTerms - 1] * factor);
+      dshift[c] = static_cast<float>((grid.offset_grid() ? 1.0 : -static_cast<double>(ch.scale)) * sums[c][kTerms - 1] *
+                                     factor);
   }
 }
 

@@ -4,9 +4,8 @@
 #include "../torch_api.h"
 
 // The arguments that describe a grid, in the order of the schema.
-#define FASTQAT_GRID                                                                                          \
-  Tensor scale, OptionalTensor zero_point, OptionalTensor offset, Tensor qrange, std::optional<int64_t> axis, \
-      double eps
+#define FASTQAT_GRID \
+  Tensor scale, OptionalTensor zero_point, OptionalTensor offset, Tensor qrange, std::optional<int64_t> axis, double eps
 
 namespace fastqat::cpu {
 

@@ -16,8 +16,7 @@ void pack_units(const Code* codes, int64_t numel, int bits, uint8_t* packed) {
     for (int64_t u = begin; u < end; ++u) {
       int64_t count = std::min(kUnit, numel - u * kUnit);
       uint64_t word = 0;
-      for (int64_t k = 0; k < count; ++k)
-        word |= (static_cast<uint64_t>(codes[u * kUnit + k]) & mask) << (k * bits);
+      for (int64_t k = 0; k < count; ++k) word |= (static_cast<uint64_t>(codes[u * kUnit + k]) & mask) << (k * bits);
       int64_t bytes = (count * bits + 7) / 8;
       for (int64_t j = 0; j < bytes; ++j) packed[u * bits + j] = static_cast<uint8_t>(word >> (8 * j));
     }
@@ -46,10 +45,14 @@ void pack_out(Tensor codes, int64_t bits, Tensor packed) {
   uint8_t* to = packed.mutable_data_ptr<uint8_t>();
   int width = static_cast<int>(bits);
   switch (from.scalar_type()) {
-    case ScalarType::Char: return pack_units(static_cast<const int8_t*>(from.data_ptr()), from.numel(), width, to);
-    case ScalarType::Byte: return pack_units(static_cast<const uint8_t*>(from.data_ptr()), from.numel(), width, to);
-    case ScalarType::Int: return pack_units(static_cast<const int32_t*>(from.data_ptr()), from.numel(), width, to);
-    default: STD_TORCH_CHECK(false, "fastqat: pack: codes: wanted int8, uint8 or int32");
+    case ScalarType::Char:
+      return pack_units(static_cast<const int8_t*>(from.data_ptr()), from.numel(), width, to);
+    case ScalarType::Byte:
+      return pack_units(static_cast<const uint8_t*>(from.data_ptr()), from.numel(), width, to);
+    case ScalarType::Int:
+      return pack_units(static_cast<const int32_t*>(from.data_ptr()), from.numel(), width, to);
+    default:
+      STD_TORCH_CHECK(false, "fastqat: pack: codes: wanted int8, uint8 or int32");
   }
 }
 

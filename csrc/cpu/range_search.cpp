@@ -49,7 +49,8 @@ FASTQAT_CLONES void keep_finite(const float* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = __builtin_fabsf(in[i]) < __builtin_inff() ? in[i] : 0.0f;
 }
 
-// Copies elements [first, first + n) of channel c, in memory order, to tile; non-finite values as 0, which has no error.
+// Copies elements [first, first + n) of channel c, in memory order, to tile; non-finite values as 0, which has no
+// error.
 void gather(const Input& in, const Layout& layout, int64_t c, int64_t first, int64_t n, float* tile) {
   float buffer[kBlock];
   for (int64_t done = 0; done < n;) {
@@ -80,9 +81,9 @@ void range_search_out(Tensor x, Tensor scales, OptionalTensor zero_points, Tenso
     for (int64_t p = begin; p < end; ++p) {
       int64_t c = p / per_channel, start = p % per_channel * piece_size;
       for (int64_t k = 0; k < count; ++k)
-        candidates[k] = make_candidate(grid.scale.data[k * channels + c],
-                                       grid.zero_point.data ? grid.zero_point.data[k * channels + c] : 0.0f, grid.qmin,
-                                       grid.qmax);
+        candidates[k] =
+            make_candidate(grid.scale.data[k * channels + c],
+                           grid.zero_point.data ? grid.zero_point.data[k * channels + c] : 0.0f, grid.qmin, grid.qmax);
       for (int64_t i = start; i < std::min(start + piece_size, length); i += kTile) {
         int64_t n = std::min(kTile, length - i);
         gather(in, layout, c, i, n, tile.data());

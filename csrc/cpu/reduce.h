@@ -17,13 +17,17 @@ typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 struct Sum {
   static constexpr float kIdentity = 0.0f;
   template <class T>
-  static inline __attribute__((always_inline)) T merge(T a, T b) { return a + b; }
+  static inline __attribute__((always_inline)) T merge(T a, T b) {
+    return a + b;
+  }
 };
 
 struct Max {
   static constexpr float kIdentity = -std::numeric_limits<float>::infinity();
   template <class T>
-  static inline __attribute__((always_inline)) T merge(T a, T b) { return a > b ? a : b; }
+  static inline __attribute__((always_inline)) T merge(T a, T b) {
+    return a > b ? a : b;
+  }
 };
 
 // Merges terms [kBlock], of which n are set, into one float64 per lane: kAccumulators vectors of lanes in float32, each

@@ -3,8 +3,8 @@
 
 #include "ops.h"
 
-#define FASTQAT_REGISTER(op)                        \
-  m.impl(#op, TORCH_BOX(&fastqat::cpu::op));             \
+#define FASTQAT_REGISTER(op)                 \
+  m.impl(#op, TORCH_BOX(&fastqat::cpu::op)); \
   m.impl(#op "_out", TORCH_BOX(&fastqat::cpu::op##_out))
 
 STABLE_TORCH_LIBRARY_IMPL(fastqat, CPU, m) {
@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastqat, CPU, m) {
 }
 
 PyMODINIT_FUNC PyInit__C() {
-  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                                      nullptr};
+  static struct PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -11,10 +11,10 @@
 
 namespace fastqat::cpu {
 
-constexpr int64_t kChunk = 8192;        // elements of one piece of work in a row
-constexpr int64_t kRowsPerChunk = 64;   // outer rows of one piece of work on columns
-constexpr int64_t kShortestRow = 8;     // shorter rows are handled as columns
-constexpr int64_t kGrain = 16384;       // elements that are worth a thread
+constexpr int64_t kChunk = 8192;       // elements of one piece of work in a row
+constexpr int64_t kRowsPerChunk = 64;  // outer rows of one piece of work on columns
+constexpr int64_t kShortestRow = 8;    // shorter rows are handled as columns
+constexpr int64_t kGrain = 16384;      // elements that are worth a thread
 
 // The same channel for every element of a span.
 struct Uniform {
@@ -88,8 +88,7 @@ void spans_of_piece(const Cut& cut, const Grid& grid, int64_t p, int64_t longest
   if (cut.by_rows) {
     Channel ch = grid.channel(row % cut.layout.channels);
     Uniform uniform{ch, is_fast_scale(ch.scale)};
-    for (int64_t i = start; i < stop; i += longest)
-      f(row * cut.length + i, std::min(longest, stop - i), uniform);
+    for (int64_t i = start; i < stop; i += longest) f(row * cut.length + i, std::min(longest, stop - i), uniform);
   } else {
     ColumnTable table(grid, start, stop - start, cut.layout.inner);
     int64_t last = std::min(cut.rows, (row + 1) * kRowsPerChunk);
@@ -99,9 +98,9 @@ void spans_of_piece(const Cut& cut, const Grid& grid, int64_t p, int64_t longest
 
 // The instance of a kernel loop template <bool kFast, bool kOffset, class Channels> for one span.
 #define FASTQAT_PICK(loop, channels, offset_grid)                                          \
-  ((channels).fast ? ((offset_grid) ? loop<true, true, std::decay_t<decltype(channels)>>                 \
-                                    : loop<true, false, std::decay_t<decltype(channels)>>)               \
-                   : ((offset_grid) ? loop<false, true, std::decay_t<decltype(channels)>>                \
+  ((channels).fast ? ((offset_grid) ? loop<true, true, std::decay_t<decltype(channels)>>   \
+                                    : loop<true, false, std::decay_t<decltype(channels)>>) \
+                   : ((offset_grid) ? loop<false, true, std::decay_t<decltype(channels)>>  \
                                     : loop<false, false, std::decay_t<decltype(channels)>>))
 
 // An op that maps each element of one tensor to the element of another with the same layout.

@@ -16,7 +16,7 @@ from fastqat.nn.fake_quant import FakeQuant
 class QuantizedLayer:
     """Mixin of the twins: ``weight_fake_quant`` and ``activation_fake_quant``, each a FakeQuant or None."""
 
-    weight: nn.Parameter
+    weight: Tensor
     weight_fake_quant: FakeQuant | None
     activation_fake_quant: FakeQuant | None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.layers import TWINS, QuantizedLayer
-from fastqat.nn.qconfig import QConfig
+from fastqat.nn.spec import QConfig, QSpec
 from fastqat.ops import checks
 
 
@@ -51,19 +51,26 @@ def _quantize_layer(
     layer: nn.Module, config: QConfig, changes: dict[str, Any], of_weight: dict[nn.Parameter, FakeQuant]
 ) -> None:
     """Turn a layer into its twin."""
-    weight, device = layer.weight, layer.weight.device
-    weight_fake_quant = activation_fake_quant = None
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    device = weight.device
+    weight_fake_quant: FakeQuant | None = None
+    activation_fake_quant: FakeQuant | None = None
     if config.weight is not None:
         if weight not in of_weight:
-            of_weight[weight] = replace(config.weight, **changes).build(device=device)
+            of_weight[weight] = _build(replace(config.weight, **changes), device)
             of_weight[weight].right_inverse(weight)
         weight_fake_quant = of_weight[weight]
     if config.activation is not None:
-        activation_fake_quant = replace(config.activation, **changes).build(device=device)
+        activation_fake_quant = _build(replace(config.activation, **changes), device)
         activation_fake_quant.follows(weight)
     layer.__class__ = TWINS[type(layer)]
-    layer.weight_fake_quant = weight_fake_quant
-    layer.activation_fake_quant = activation_fake_quant
+    layer.add_module("weight_fake_quant", weight_fake_quant)
+    layer.add_module("activation_fake_quant", activation_fake_quant)
+
+
+def _build(spec: QSpec, device: torch.device) -> FakeQuant:
+    return FakeQuant(**asdict(spec), device=device)
 
 
 def _inputs(batch: Any) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """What a quantizer keeps: float32 through any change of the model's dtype, and the rules of its checkpoint.
 
-A quantizer whose range is not set saves nothing. Loading a checkpoint with no key of a quantizer leaves it uninitialized,
-with one warning for the whole load; a checkpoint with only some of its keys is an error.
+A quantizer whose range is not set saves nothing. Loading a checkpoint with no key of a quantizer leaves it
+uninitialized, with one warning for the whole load; a checkpoint with only some of its keys is an error.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ class QuantizerState(Timed):
             )
         others = {k: v for k, v in state_dict.items() if k != prefix + "eps"}
         failures = len(error_msgs)
-        super()._load_from_state_dict(
-            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if len(error_msgs) == failures and not absent:
             self.eps = float(state_dict[prefix + "eps"])
             self.restore_codes()

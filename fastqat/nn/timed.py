@@ -1,7 +1,7 @@
 """Time: a step is an optimizer step. Each quantizer counts its own on the device.
 
-The count of a quantizer advances when an optimizer that owns its weight has stepped, whatever runs in between: evaluation,
-gradient accumulation, recomputation. Where no optimizer can be seen, :func:`step` does it by hand.
+The count of a quantizer advances when an optimizer that owns its weight has stepped, whatever runs in between:
+evaluation, gradient accumulation, recomputation. Where no optimizer can be seen, :func:`step` does it by hand.
 """
 
 from __future__ import annotations

@@ -23,7 +23,13 @@ class Grid(NamedTuple):
 
 
 def grid_of(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, offset: Tensor | None, qrange: Tensor, axis: int | None, eps: float
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    offset: Tensor | None,
+    qrange: Tensor,
+    axis: int | None,
+    eps: float,
 ) -> Grid:
     """Clamp and round the grid's parameters and give them the shape that broadcasts against x."""
     shape = [1] * x.dim()

@@ -56,7 +56,9 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def op(arguments: str, *results: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable[..., tuple[Tensor, ...]]]:
+def op(
+    arguments: str, *results: str
+) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable[..., tuple[Tensor, ...]]]:
     """Declare an op named like the decorated function, which allocates its results."""
 
     def declare(allocate: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -102,7 +104,7 @@ def dequantize(codes, scale, zero_point, offset, qrange, axis, eps, dtype):
 
 @op("Tensor codes, int bits", "packed")
 def pack(codes, bits):
-    """Bit stream of the low `bits` bits of each code, first code in the lowest bits. packed: uint8 [ceil(n * bits / 8)]."""
+    """Bit stream of the low `bits` bits of each code, the first in the lowest. packed: uint8 [ceil(n * bits / 8)]."""
     return (codes.new_empty((codes.numel() * bits + 7) // 8, dtype=torch.uint8),)
 
 

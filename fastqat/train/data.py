@@ -75,7 +75,7 @@ class Dataset:
     def train_batches(
         self, batch_size: int, generator: torch.Generator, augment: bool = True
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield one epoch of shuffled ``(images float32 [N, C, H, W], labels int64 [N])``; the last batch may be smaller.
+        """Yield one epoch of shuffled ``(images float32 [N, C, H, W], labels int64 [N])``; the last N may be smaller.
 
         Args:
             batch_size: images per batch.
@@ -143,7 +143,7 @@ def load_cifar10(root: Path, records: int = CIFAR_RECORDS) -> Dataset:
     """Load CIFAR-10, binary version (https://www.cs.toronto.edu/~kriz/cifar.html): 50,000 + 10,000 32x32 colour images.
 
     Args:
-        root: the folder with ``data_batch_1.bin`` ... ``data_batch_5.bin`` and ``test_batch.bin``, or the folder above it.
+        root: the folder with ``data_batch_1.bin`` ... ``data_batch_5.bin`` and ``test_batch.bin``, or the one above it.
         records: images per file.
 
     Raises:

@@ -57,11 +57,9 @@ class Trainer:
         check_images_fit(config, dataset)
         if config.checkpoint:
             load_checkpoint(self.model, config.checkpoint)
-        options = {"range": config.range, "learn": "scale"}
-        self.qconfig = fastqat.QConfig(
-            weight=fastqat.QSpec(bits=config.bits_weight, axis=0, **options),
-            activation=fastqat.QSpec(bits=config.bits_activation, signed=None, **options),
-        )
+        weight = fastqat.QSpec(bits=config.bits_weight, axis=0, range=config.range, learn="scale")
+        activation = fastqat.QSpec(bits=config.bits_activation, range=config.range, learn="scale")
+        self.qconfig = fastqat.QConfig(weight, activation)
         self.title = f"{config.data}, model {config.model}, W{config.bits_weight}A{config.bits_activation}"
         self.folder = RunFolder(config.out or default_folder(config), config)
 
@@ -94,6 +92,7 @@ class Trainer:
         fastqat.prepare(self.model, self.qconfig, first_last_bits=config.first_last_bits or None)
         batches = self.data.train_batches(config.batch_size, self.shuffling, augment=False)
         fastqat.calibrate(self.model, itertools.islice(batches, config.calibration_batches))
+        self.folder.save_weights(self.model, "model.pt")
         return self.measure("PTQ")
 
     def train_quantized(self) -> Row:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -17,13 +16,21 @@ INTERPRETED = tl.constexpr(interpreted)
 WARPS = 4
 
 
+def _quiet() -> contextlib.AbstractContextManager[object]:
+    """Inf and NaN are data here: no warnings from the interpreter, which computes with numpy."""
+    if not interpreted:
+        return contextlib.nullcontext()
+    import numpy
+
+    return numpy.errstate(all="ignore")
+
+
 def launch(kernel, programs: int, tensor: Tensor, *arguments: object, planes: int = 1, **constants: object) -> None:
     """Run ``programs`` x ``planes`` programs of a kernel on the device of its first argument, ``tensor``.
 
     The first dimension of a CUDA grid takes 2^31 - 1 programs, the second 65535.
     """
-    quiet = np.errstate(all="ignore") if interpreted else contextlib.nullcontext()  # Inf and NaN are data here
-    with torch.cuda.device_of(tensor), quiet:
+    with torch.cuda.device_of(tensor), _quiet():
         kernel[(programs, planes)](tensor, *arguments, **constants, num_warps=WARPS, enable_fp_fusion=False)
 
 

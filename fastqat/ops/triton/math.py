@@ -77,8 +77,8 @@ def quotient(t, ch, FAST: tl.constexpr):
 
 
 @triton.jit
-def raw_ratio(t, ch, FAST: tl.constexpr):
-    """t / scale up to one level beyond the range; NaN stays NaN. t: x, or x - o on the offset grid."""
+def ratio(t, ch, FAST: tl.constexpr):
+    """t / scale, saturated one level beyond the range; NaN stays NaN. t: x, or x - o on the offset grid."""
     if FAST:
         return quotient(clamp(t, ch.below, ch.above), ch, FAST)
     else:
@@ -88,7 +88,10 @@ def raw_ratio(t, ch, FAST: tl.constexpr):
 @triton.jit
 def level(t, ch, FAST: tl.constexpr):
     """clamp(rint(t / scale), low, high); NaN stays NaN."""
-    return clamp(round_even(raw_ratio(t, ch, FAST)), ch.low, ch.high)
+    if FAST:
+        return round_even(quotient(clamp(t, ch.scale * ch.low, ch.scale * ch.high), ch, FAST))
+    else:
+        return round_even(clamp(quotient(t, ch, FAST), ch.low, ch.high))
 
 
 @triton.jit
@@ -113,8 +116,8 @@ def fake_quantize(x, ch, FAST: tl.constexpr, OFFSET: tl.constexpr):
 @triton.jit
 def quantize(x, ch, FAST: tl.constexpr, OFFSET: tl.constexpr):
     """The integer code; that of NaN is the zero point."""
-    r = raw_ratio(shifted(x, ch, OFFSET), ch, FAST)
-    lev = clamp(round_even(tl.where(r == r, r, 0.0)), ch.low, ch.high)
+    t = shifted(x, ch, OFFSET)
+    lev = level(tl.where(t == t, t, 0.0), ch, FAST)
     return lev if OFFSET else lev + ch.shift
 
 
@@ -133,15 +136,15 @@ class Gradient(NamedTuple):
 
 
 @triton.jit
-def _raw_ratio_with_sign(t, ch, FAST: tl.constexpr):
-    """raw_ratio() that is 0 only where RN(t / scale) is: a bound of the unrounded mask may be 0.
+def _ratio_with_sign(t, ch, FAST: tl.constexpr):
+    """ratio() that is 0 only where RN(t / scale) is: a bound of the unrounded mask may be 0.
 
     Below about 2^-100 the remainder in quotient() is no longer exact, so t is taken away from there.
     """
     if FAST:
         return quotient(clamp(t, ch.below, ch.above) * 2.0**64, ch, FAST) * 2.0**-64
     else:
-        return raw_ratio(t, ch, FAST)
+        return ratio(t, ch, FAST)
 
 
 @triton.jit
@@ -159,7 +162,7 @@ def _gradient_unit(ch):
 def fake_quantize_backward(g, x, ch, FAST: tl.constexpr, OFFSET: tl.constexpr, ROUNDED: tl.constexpr):
     """Gradient of one element; the term of ds is multiplied by grad_scale_divisor()."""
     t = shifted(x, ch, OFFSET)
-    r = raw_ratio(t, ch, FAST) if ROUNDED else _raw_ratio_with_sign(t, ch, FAST)
+    r = ratio(t, ch, FAST) if ROUNDED else _ratio_with_sign(t, ch, FAST)
     k = round_even(r)
     tested = k if ROUNDED else r
     inside = (tested >= ch.low) & (tested <= ch.high)

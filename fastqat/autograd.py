@@ -1,0 +1,223 @@
+"""The ``torch.autograd.Function`` of fake quantization, its second derivative, and its rule for vmap.
+
+Grouped tensors become rows here: with group_size a tensor is viewed (or copied) as [C * groups, group_size] with one
+scale per row, which is all that the ops know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastqat.ops import reference, select  # noqa: F401  (importing select registers the ops)
+
+_ops = torch.ops.fastqat
+
+
+def as_rows(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, int | None]:
+    """A grouped tensor as [C * groups, group_size] with axis 0; others as they are."""
+    if group_size is None or axis is None:
+        return x, axis
+    return x.movedim(axis, 0).reshape(-1, group_size), 0
+
+
+def from_rows(y: Tensor, like: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """Undo :func:`as_rows`: the shape of `like` and the strides that empty_like gives it."""
+    if group_size is None or axis is None:
+        return y
+    y = y.view(like.movedim(axis, 0).shape).movedim(0, axis)
+    result = torch.empty_like(like, dtype=y.dtype)
+    return y if y.stride() == result.stride() else result.copy_(y)
+
+
+def flat(p: Any) -> Any:
+    """A parameter of the grid as one value per row or channel."""
+    return None if p is None else p.reshape(-1)
+
+
+def _vmap_fold(x: Tensor, batch: int, dim: int | None, axis: int | None) -> Tensor:
+    """x with its batch at `dim` as [batch * C, ...] (C = 1 per tensor): one row per example and channel."""
+    x = x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
+    return (x.unsqueeze(1) if axis is None else x.movedim(axis + 1, 1)).flatten(0, 1)
+
+
+def _vmap_unfold(y: Tensor, batch: int, axis: int | None) -> Tensor:
+    """Inverse of :func:`_vmap_fold`, with the batch in front."""
+    y = y.unflatten(0, (batch, -1))
+    return y.squeeze(1) if axis is None else y.movedim(1, axis + 1)
+
+
+def _vmap_parameter(p: Tensor | None, batch: int, dim: int | None) -> Tensor | None:
+    """A parameter [C] or [C, groups] as [batch * C, ...]."""
+    return None if p is None else _vmap_fold(p, batch, dim, 0)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Quantize-dequantize; saves its inputs, and nothing that is not alive elsewhere."""
+
+    @staticmethod
+    def forward(x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, out_dtype):
+        rows, row_axis = as_rows(x, axis, group_size)
+        y = _ops.fake_quantize(rows, flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps, out_dtype)
+        return from_rows(y, x, axis, group_size)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5])
+        ctx.options = inputs[5:11]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, g):
+        if g is None:
+            return (None,) * 12
+        learned = any(ctx.needs_input_grad[1:4])
+        # Only a second derivative needs a graph of the backward pass itself.
+        run = _FakeQuantizeBackward.apply if torch.is_grad_enabled() else _FakeQuantizeBackward.forward
+        dx, dscale, dshift = run(g, *ctx.saved_tensors, *ctx.options, learned)
+        offset_grid = ctx.saved_tensors[3] is not None
+        shifts = (None, dshift) if offset_grid else (dshift, None)
+        return dx, dscale, *shifts, *(None,) * 8
+
+    @staticmethod
+    def vmap(info, in_dims, x, scale, zero_point, offset, qrange, axis, group_size, *options):
+        if in_dims[4] is not None:
+            raise ValueError("qmin, qmax: wanted the same for the whole batch of vmap; got a batch of them")
+        batch = info.batch_size
+        y = _FakeQuantize.apply(
+            _vmap_fold(x, batch, in_dims[0], axis),
+            *(_vmap_parameter(p, batch, dim) for p, dim in zip((scale, zero_point, offset), in_dims[1:4], strict=True)),
+            qrange,
+            0,
+            group_size,
+            *options,
+        )
+        return _vmap_unfold(y, batch, axis), 0
+
+
+class _FakeQuantizeBackward(torch.autograd.Function):
+    """The gradients of fake_quantize as a function of their own, so that they can be differentiated.
+
+    dx is linear in g. The straight-through estimator makes the second derivatives by x vanish; those by scale and zero
+    point are left only outside the range, where y = scale * (qmin - zero_point).
+    """
+
+    @staticmethod
+    def forward(g, x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, learned):
+        rows, row_axis = as_rows(x, axis, group_size)
+        g_rows, _ = as_rows(g, axis, group_size)
+        grid = (flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps)
+        if not learned:
+            return (
+                from_rows(_ops.fake_quantize_backward_input(g_rows, rows, *grid, rounded), x, axis, group_size),
+                None,
+                None,
+            )
+        dx, dscale, dshift = _ops.fake_quantize_backward(g_rows, rows, *grid, rounded, lsq)
+        if factor is not None:
+            dscale, dshift = dscale * factor, dshift * factor
+        has_shift = zero_point is not None or offset is not None
+        return (
+            from_rows(dx, x, axis, group_size),
+            dscale.view(scale.shape),
+            dshift.view(scale.shape) if has_shift else None,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:6])
+        ctx.options = inputs[6:12]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, gdx, gdscale, gdshift):
+        return *_second_order(*ctx.saved_tensors, *ctx.options, gdx, gdscale, gdshift), *(None,) * 8
+
+    @staticmethod
+    def vmap(info, in_dims, g, x, scale, zero_point, offset, qrange, axis, group_size, *options):
+        batch = info.batch_size
+        dx, dscale, dshift = _FakeQuantizeBackward.apply(
+            _vmap_fold(g, batch, in_dims[0], axis),
+            _vmap_fold(x, batch, in_dims[1], axis),
+            *(_vmap_parameter(p, batch, dim) for p, dim in zip((scale, zero_point, offset), in_dims[2:5], strict=True)),
+            qrange,
+            0,
+            group_size,
+            *options,
+        )
+        parameters = [None if p is None else _vmap_unfold(p, batch, 0) for p in (dscale, dshift)]
+        return (_vmap_unfold(dx, batch, axis), *parameters), tuple(None if r is None else 0 for r in (dx, *parameters))
+
+
+def _second_order(
+    g, x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, gdx, gdscale, gdshift
+) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
+    """Gradients of (dx, dscale, dshift) by (g, x, scale, zero_point, offset), in plain torch."""
+    rows, row_axis = as_rows(x, axis, group_size)
+    g_rows, _ = as_rows(g, axis, group_size)
+    grid = reference.grid_of(rows, flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps)
+    r = reference.shifted(rows, grid) / grid.scale
+    mask = reference.inside(r, grid, rounded)
+    outside = ~mask & ~r.isnan()
+    weight = torch.ones_like(grid.scale) if factor is None else torch.full_like(grid.scale, factor)
+    if lsq:
+        weight = weight * (rows.numel() // scale.numel() * qrange[1].float().clamp(min=1)).rsqrt()
+
+    dg = torch.zeros_like(g_rows, dtype=torch.float32)
+    if gdx is not None:
+        dg = torch.where(mask, as_rows(gdx, axis, group_size)[0].float(), dg)
+    outside_sum = (
+        reference.ordered_sum(torch.where(outside, g_rows.double(), 0.0), row_axis).float().view_as(grid.scale)
+    )
+    dscale = dzero = None
+    if gdscale is not None:
+        along = gdscale.reshape(grid.scale.shape) * weight
+        slope = reference.level(torch.where(r.isnan(), 0.0, r), grid) - torch.where(mask, r, 0.0)
+        dg = dg + along * torch.where(r.isnan(), 0.0, slope)
+        dzero = -along * outside_sum
+    if gdshift is not None:
+        along = gdshift.reshape(grid.scale.shape) * weight
+        dg = dg + torch.where(outside, along if offset is not None else -grid.scale * along, 0.0)
+        dscale = -along * outside_sum
+    learned_zero = zero_point is not None and offset is None
+    return (
+        from_rows(dg.to(g.dtype), x, axis, group_size),
+        None,
+        dscale.view(scale.shape) if dscale is not None and learned_zero else None,
+        dzero.view(scale.shape) if dzero is not None and learned_zero else None,
+        None,
+    )
+
+
+def apply_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    offset: Tensor | None,
+    qrange: Tensor,
+    *,
+    axis: int | None,
+    group_size: int | None,
+    eps: float,
+    ste_mask: str,
+    grad_scale: float | str | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """Differentiable fake quantization of checked arguments, with qmin and qmax as the tensor `qrange` (int32 [2])."""
+    factor = None if grad_scale == "lsq" else grad_scale
+    return _FakeQuantize.apply(
+        x,
+        scale,
+        zero_point,
+        offset,
+        qrange,
+        axis,
+        group_size,
+        eps,
+        ste_mask == "rounded",
+        grad_scale == "lsq",
+        factor,
+        out_dtype,
+    )

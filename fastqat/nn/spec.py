@@ -1,0 +1,86 @@
+"""``QSpec``: the options of a quantizer. ``QConfig``: which quantizers a layer gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastqat import ranges
+from fastqat.ops import checks
+
+LEARN = (None, "scale", "scale+zero_point", "scale+offset")
+
+
+@dataclass(frozen=True)
+class QSpec:
+    """Options of a quantizer.
+
+    Args:
+        bits: 1 to 8.
+        axis: channel dimension with one scale each; None is one scale per tensor.
+        group_size: elements that share a scale, counted along all dimensions but axis, flattened.
+        signed: codes from -2^(b-1) to 2^(b-1)-1, or from 0 to 2^b-1. None decides at the first tensor: signed if it
+            has a negative value; an affine grid is unsigned.
+        symmetric: no zero point.
+        restricted: signed codes from -(2^(b-1)-1), so that the grid is symmetric about 0.
+        range: "mse", "minmax", "running_minmax", "percentile", or "fixed" (the user gives the scale). The two min-max
+            ranges follow the data while training, unless the scale is learned.
+        learn: None, "scale" (LSQ), "scale+zero_point", or "scale+offset" (LSQ+, on the offset grid).
+        grad_scale: factor on the gradients of the learned parameters: None, a number, or "lsq".
+        ste_mask: "rounded" or "unrounded", see :func:`fastqat.functional.fake_quantize`.
+        momentum: of "running_minmax".
+        percentile: of "percentile".
+        eps: floor of the scale.
+
+    Raises:
+        TypeError, ValueError: naming the option, what was wanted, and what came.
+    """
+
+    bits: int = 8
+    axis: int | None = None
+    group_size: int | None = None
+    signed: bool | None = None
+    symmetric: bool = True
+    restricted: bool = False
+    range: str = "mse"
+    learn: str | None = None
+    grad_scale: float | str | None = None
+    ste_mask: str = "rounded"
+    momentum: float = 0.9
+    percentile: float = 99.99
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        checks.bit_width(self.bits, lowest=2 if self.restricted else 1)
+        checks.choice("range", self.range, (*ranges.ESTIMATORS, "fixed"))
+        checks.choice("learn", self.learn, LEARN)
+        checks.choice("ste_mask", self.ste_mask, ("rounded", "unrounded"))
+        if isinstance(self.grad_scale, str):
+            checks.choice("grad_scale", self.grad_scale, ("lsq",))
+        if self.restricted and (self.signed is False or not self.symmetric):
+            got = f"signed={self.signed}, symmetric={self.symmetric}"
+            checks.fail(ValueError, "restricted", "a signed symmetric grid", got)
+        if self.symmetric and self.learn == "scale+zero_point":
+            checks.fail(ValueError, "learn", "symmetric=False beside 'scale+zero_point'", "symmetric=True")
+        if self.group_size is not None and self.axis is None:
+            checks.fail(ValueError, "group_size", "an axis beside it", f"group_size={self.group_size}, axis=None")
+        if not 0 <= self.momentum < 1:
+            checks.fail(ValueError, "momentum", "0 <= momentum < 1", self.momentum)
+        if not 50 < self.percentile <= 100:
+            checks.fail(ValueError, "percentile", "50 < percentile <= 100", self.percentile)
+        if not self.eps > 0:
+            checks.fail(ValueError, "eps", "a positive number", self.eps)
+
+
+def code_range(bits: int, signed: bool, restricted: bool) -> tuple[int, int]:
+    """qmin and qmax of an integer grid."""
+    if not signed:
+        return 0, 2**bits - 1
+    return -(2 ** (bits - 1)) + restricted, 2 ** (bits - 1) - 1
+
+
+@dataclass(frozen=True)
+class QConfig:
+    """Quantizers of a layer: of its weight and of its input; None leaves that tensor in float."""
+
+    weight: QSpec | None = QSpec(axis=0)
+    activation: QSpec | None = QSpec()
