@@ -1,0 +1,96 @@
+"""Turns the medians of one run into ratios, prints them beside their goals, and writes them to a results folder."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastqat
+
+GOALS: list[tuple[str, str, str, str, float]] = []  # label, numerator, denominator, "<=" or ">=", bound
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", metavar="FOLDER", help="write the ratios as CSV and JSON to this folder")
+
+
+def goal(label: str, numerator: str, denominator: str, relation: str, bound: float) -> None:
+    """Declare a ratio of two medians of this run, and what it should be."""
+    GOALS.append((label, numerator, denominator, relation, bound))
+
+
+def machine() -> dict[str, object]:
+    """What the numbers were measured on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fastqat": fastqat.__version__,
+        "backend": fastqat.current_backend("cpu"),
+    }
+
+
+def _medians(config: pytest.Config) -> dict[str, tuple[float, int]]:
+    """Test name -> (median seconds, bytes that the op itself must move)."""
+    session = getattr(config, "_benchmarksession", None)
+    runs = session.benchmarks if session else []
+    return {b.name.removeprefix("bench_"): (b.stats.median, b.extra_info.get("bytes", 0)) for b in runs if b.stats.data}
+
+
+def _rows(medians: dict[str, tuple[float, int]]) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for label, above, below, relation, bound in GOALS:
+        if above in medians and below in medians:
+            ratio = medians[above][0] / medians[below][0]
+            met = ratio <= bound if relation == "<=" else ratio >= bound
+            rows.append({"ratio": label, "value": round(ratio, 2), "goal": f"{relation} {bound}", "met": met})
+    return rows
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    medians = _medians(config)
+    if not medians:
+        return
+    write = terminalreporter.write_line
+    copy_seconds, copy_bytes = medians.get("copy", (0.0, 0))
+    write("")
+    write(f"{'what':<44}{'median':>12}{'GB/s':>8}   fraction of the floor")
+    for name, (seconds, moved) in medians.items():
+        floor = f"{moved / seconds / (copy_bytes / copy_seconds):.2f}" if moved and copy_seconds else ""
+        write(f"{name:<44}{seconds * 1e3:>9.3f} ms{moved / seconds / 1e9:>8.1f}   {floor}")
+    write("")
+    rows = _rows(medians)
+    write(f"{'ratio':<64}{'value':>8}   goal")
+    for row in rows:
+        write(f"{row['ratio']:<64}{row['value']:>8}   {row['goal']} {'' if row['met'] else '  MISSED'}")
+    folder = config.getoption("--results")
+    if folder:
+        _write(Path(folder), medians, rows)
+        write(f"written to {folder}")
+
+
+def _write(folder: Path, medians: dict[str, tuple[float, int]], rows: list[dict[str, object]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"cpu-{datetime.date.today().isoformat()}"
+    milliseconds = {name: round(seconds * 1e3, 4) for name, (seconds, _) in medians.items()}
+    record = {"machine": machine(), "milliseconds": milliseconds, "ratios": rows}
+    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    with (folder / f"{stem}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["ratio", "value", "goal", "met"])
+        writer.writeheader()
+        writer.writerows(rows)
