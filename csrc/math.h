@@ -107,31 +107,40 @@ FASTQAT_INLINE float dequantize(float code, const Channel& ch) {
   return value<kOffset>(kOffset ? code : code - ch.shift, ch);
 }
 
+// How a gradient is computed. All three give the same dx and the same terms wherever they are numbers.
+enum class Path {
+  fast,     // fast scale; terms are NaN where x is not finite or t / scale overflows: the caller sees a NaN sum, and
+            // takes `careful` for these elements
+  careful,  // fast scale, any x
+  divide,   // any scale, any x
+};
+
 // What one element adds to the gradients, for an incoming gradient g.
 struct Gradient {
   float dx;       // g inside the straight-through mask, else 0
-  float scale;    // term of ds; on the fast path times the scale, which grad_scale_divisor() takes out of the sum
+  float scale;    // term of ds, times the scale unless the path is `divide`: see grad_scale_divisor()
   float outside;  // g outside the mask, else 0: the term of do, and of dz / -scale
 };
 
 // kRounded: the mask tests rint(r), else r itself. All switches are template parameters: g++ does not vectorise a loop
 // that chooses at run time.
-// Fast: level * scale - t has one rounding (fma), however small it is beside t. Else the quotient in double.
-// A NaN in x passes no gradient and adds to no sum; the level of NaN is the lowest one here, so that no term is NaN.
-template <bool kFast, bool kOffset, bool kRounded>
+// level * scale - t has one rounding (fma), however small it is beside t; `divide` takes the quotient in double
+// instead. A NaN in x passes no gradient and adds to no sum.
+template <Path kPath, bool kOffset, bool kRounded>
 FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& ch) {
   float t = shifted<kOffset>(x, ch);
-  float r = ratio<kFast>(t, ch);
-  float k = round_even(r);
-  float tested = kRounded ? k : r;
-  bool inside = (tested >= ch.low) & (tested <= ch.high);
-  float lev = k > ch.low ? k : ch.low;
-  lev = lev < ch.high ? lev : ch.high;
-  float valid = r == r ? g : 0.0f;
+  float r = kPath == Path::fast ? quotient<true>(t, ch) : ratio<kPath != Path::divide>(t, ch);
+  float tested = kRounded ? round_even(r) : r;
+  float nearest = clamp(tested, ch.low, ch.high);
+  bool inside = nearest == tested;
+  float lev = kRounded ? nearest : clamp(round_even(r), ch.low, ch.high);
   float passed = inside ? t : 0.0f;
-  float slope = kFast ? __builtin_fmaf(lev, ch.scale, -passed)
-                      : static_cast<float>(lev - static_cast<double>(passed) / static_cast<double>(ch.scale));
-  return {inside ? g : 0.0f, valid * slope, inside ? 0.0f : valid};
+  float slope = kPath == Path::divide
+                    ? static_cast<float>(lev - static_cast<double>(passed) / static_cast<double>(ch.scale))
+                    : __builtin_fmaf(lev, ch.scale, -passed);
+  if (kPath == Path::fast) return {inside ? g : 0.0f, g * slope, inside ? 0.0f : g};
+  bool number = r == r;
+  return {inside ? g : 0.0f, number ? g * slope : 0.0f, number & !inside ? g : 0.0f};
 }
 
 FASTQAT_INLINE double grad_scale_divisor(const Channel& ch) {

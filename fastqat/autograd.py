@@ -176,11 +176,11 @@ def _second_order(
         along = gdscale.reshape(grid.scale.shape) * weight
         slope = reference.level(torch.where(r.isnan(), 0.0, r), grid) - torch.where(mask, r, 0.0)
         dg = dg + along * torch.where(r.isnan(), 0.0, slope)
-        dzero = -along * outside_sum
+        dzero = -along * weight * outside_sum  # a second derivative passes the gradient scale of both parameters
     if gdshift is not None:
         along = gdshift.reshape(grid.scale.shape) * weight
         dg = dg + torch.where(outside, along if offset is not None else -grid.scale * along, 0.0)
-        dscale = -along * outside_sum
+        dscale = -along * weight * outside_sum
     learned_zero = zero_point is not None and offset is None
     return (
         from_rows(dg.to(g.dtype), x, axis, group_size),

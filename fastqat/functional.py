@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastqat.autograd import apply_fake_quantize, as_rows, flat, from_rows
 from fastqat.ops import checks
@@ -23,6 +24,7 @@ SMALLEST_SCALE = 2.0**-126
 
 
 @functools.cache
+@torch.inference_mode(False)  # autograd cannot save a tensor that inference made
 def _cached_qrange(qmin: int, qmax: int, device: torch.device) -> Tensor:
     return torch.tensor([qmin, qmax], dtype=torch.int32, device=device)
 
@@ -30,7 +32,7 @@ def _cached_qrange(qmin: int, qmax: int, device: torch.device) -> Tensor:
 def qrange_tensor(qmin: int, qmax: int, device: torch.device) -> Tensor:
     """qmin and qmax as the int32 tensor [2] that the ops take; one per device, made once."""
     checks.code_range(qmin, qmax)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # a fake or traced tensor must not be kept
         return torch.tensor([qmin, qmax], dtype=torch.int32, device=device)
     return _cached_qrange(qmin, qmax, device)
 
@@ -47,18 +49,36 @@ def _checked_grid(
     """Check a grid against x; return the normalized axis and eps."""
     axis = checks.normalized_axis(x, axis)
     shape = checks.scale_shape(x, axis, group_size)
-    checks.parameter("scale", scale, x, shape)
+    _check_scale("scale", scale, x, shape)
     checks.parameter("zero_point", zero_point, x, shape)
     checks.parameter("offset", offset, x, shape)
     if zero_point is not None and offset is not None:
         checks.fail(ValueError, "zero_point, offset", "at most one of them", "both")
     if eps is None:
-        if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_wrapped(scale):
-            checks.positive("scale", scale)
+        _check_positive("scale", scale)
         return axis, SMALLEST_SCALE
+    _check_number("eps", eps)
     if not eps > 0:
         checks.fail(ValueError, "eps", "a positive number", eps)
     return axis, float(eps)
+
+
+def _check_scale(name: str, scale: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Check that there is a scale, of this shape."""
+    if not isinstance(scale, Tensor):
+        checks.fail(TypeError, name, "a float32 tensor", type(scale).__name__)
+    checks.parameter(name, scale, x, shape)
+
+
+def _check_positive(name: str, scale: Tensor) -> None:
+    """Check the values of a scale where that needs no copy from a device."""
+    if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_wrapped(scale):
+        checks.positive(name, scale)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        checks.fail(TypeError, name, "a number", repr(value))
 
 
 def _is_wrapped(t: Tensor) -> bool:
@@ -120,10 +140,13 @@ def fake_quantize(
     checks.choice("ste_mask", ste_mask, ("rounded", "unrounded"))
     if isinstance(grad_scale, str):
         checks.choice("grad_scale", grad_scale, ("lsq",))
+    elif grad_scale is not None:
+        _check_number("grad_scale", grad_scale)
     if out_dtype is not None:
         checks.choice("out_dtype", out_dtype, checks.FLOAT_DTYPES)
     qrange = qrange_tensor(qmin, qmax, x.device)
     if out is not None:
+        checks.float_tensor("out", out)
         return _into(
             out, _ops.fake_quantize_out, x, scale, zero_point, offset, qrange, axis, group_size, eps, out.dtype
         )
@@ -198,7 +221,10 @@ def quantize(
     checks.float_tensor("x", x)
     axis, eps = _checked_grid(x, scale, zero_point, offset, axis, group_size, eps)
     qrange = qrange_tensor(qmin, qmax, x.device)
-    dtype = out.dtype if out is not None else dtype or (torch.int8 if qmin < 0 else torch.uint8)
+    if out is not None:
+        checks.code_tensor("out", out)
+        dtype = out.dtype
+    dtype = dtype or (torch.int8 if qmin < 0 else torch.uint8)
     checks.choice("dtype", dtype, checks.CODE_DTYPES)
     lowest, highest = torch.iinfo(dtype).min, torch.iinfo(dtype).max
     if qmin < lowest or qmax > highest:
@@ -243,7 +269,9 @@ def dequantize(
     checks.code_tensor("codes", codes)
     axis, eps = _checked_grid(codes, scale, zero_point, offset, axis, group_size, eps)
     qrange = qrange_tensor(qmin, qmax, codes.device)
-    dtype = out.dtype if out is not None else dtype
+    if out is not None:
+        checks.float_tensor("out", out)
+        dtype = out.dtype
     checks.choice("dtype", dtype, checks.FLOAT_DTYPES)
     with torch.no_grad():
         if out is not None:
@@ -352,7 +380,9 @@ def range_search(
     checks.float_tensor("x", x)
     axis = checks.normalized_axis(x, axis)
     shape = checks.scale_shape(x, axis, group_size)
-    checks.parameter("scales", scales, x, (scales.shape[0], *shape) if scales.dim() else shape)
+    count = scales.shape[0] if isinstance(scales, Tensor) and scales.dim() else 1
+    _check_scale("scales", scales, x, (count, *shape))
+    _check_positive("scales", scales)
     checks.parameter("zero_points", zero_points, x, tuple(scales.shape))
     with torch.no_grad():
         rows, row_axis = as_rows(x, axis, group_size)

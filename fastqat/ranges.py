@@ -89,6 +89,12 @@ class MinMax:
         return grid_from_range(self.low, self.high, self.spec.qmin, self.spec.qmax, self.spec.symmetric)
 
 
+def moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
+    """momentum * old + (1 - momentum) * new; a bound that is not finite comes from no data and does not count."""
+    average = torch.where(old.isfinite(), momentum * old + (1 - momentum) * new, new)
+    return torch.where(new.isfinite(), average, old)
+
+
 class RunningMinMax(MinMax):
     """Exponential moving average of the extremes: range = momentum * range + (1 - momentum) * newest."""
 
@@ -98,7 +104,7 @@ class RunningMinMax(MinMax):
 
     def merge(self, old: Tensor, new: Tensor, lower: bool) -> Tensor:
         """Moving average of a bound."""
-        return self.momentum * old + (1 - self.momentum) * new
+        return moving_average(old, new, self.momentum)
 
 
 class Percentile(MinMax):

@@ -8,15 +8,22 @@ namespace fastqat::cpu {
 namespace {
 
 // kTerms: 0 for dx alone, 1 with the terms of ds, 2 with those of the shift. dx, terms[q]: [n]
-template <int kTerms, bool kRounded, bool kFast, bool kOffset, class Channels>
+template <int kTerms, bool kRounded, Path kPath, bool kOffset, class Channels>
 FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, float* __restrict scale_terms,
                          float* __restrict outside_terms, int64_t n, Channels channels) {
   for (int64_t i = 0; i < n; ++i) {
-    Gradient d = fastqat::fake_quantize_backward<kFast, kOffset, kRounded>(g[i], x[i], channels[i]);
+    Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded>(g[i], x[i], channels[i]);
     dx[i] = d.dx;
     if (kTerms > 0) scale_terms[i] = d.scale;
     if (kTerms > 1) outside_terms[i] = d.outside;
   }
+}
+
+template <int kTerms, bool kRounded, bool kOffset, class Channels>
+auto pick(Path path) {
+  return path == Path::fast      ? loop<kTerms, kRounded, Path::fast, kOffset, Channels>
+         : path == Path::careful ? loop<kTerms, kRounded, Path::careful, kOffset, Channels>
+                                 : loop<kTerms, kRounded, Path::divide, kOffset, Channels>;
 }
 
 // g, x, dx: dense, the same sizes and strides.
@@ -25,31 +32,27 @@ struct Backward {
   Output dx;
   bool offset_grid, rounded_mask;
 
-  template <int kTerms, bool kRounded, class Channels>
-  auto pick(const Channels& channels) const {
-    if (offset_grid)
-      return channels.fast ? loop<kTerms, kRounded, true, true, Channels>
-                           : loop<kTerms, kRounded, false, true, Channels>;
-    return channels.fast ? loop<kTerms, kRounded, true, false, Channels>
-                         : loop<kTerms, kRounded, false, false, Channels>;
-  }
-
   template <int kTerms, class Channels>
-  void span(int64_t offset, int64_t n, const Channels& channels, float* scale_terms, float* outside_terms) const {
+  void span(int64_t offset, int64_t n, const Channels& channels, bool careful, float* scale_terms,
+            float* outside_terms) const {
     float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock];
     const float* from_g = g.block(offset, n, buffer_g);
     const float* from_x = x.block(offset, n, buffer_x);
     float* to = dx.block(offset, buffer_dx);
-    auto kernel = rounded_mask ? pick<kTerms, true>(channels) : pick<kTerms, false>(channels);
-    kernel(from_g, from_x, to, scale_terms, outside_terms, n, channels);
+    Path path = !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
+    auto kernel = rounded_mask
+                      ? (offset_grid ? pick<kTerms, true, true, Channels> : pick<kTerms, true, false, Channels>)
+                      : (offset_grid ? pick<kTerms, false, true, Channels> : pick<kTerms, false, false, Channels>);
+    kernel(path)(from_g, from_x, to, scale_terms, outside_terms, n, channels);
     dx.commit(offset, n, to);
   }
 
   template <int kTerms>
   std::vector<std::array<double, kTerms>> sums(const Layout& layout, const Grid& grid) const {
-    return reduce_channels<Sum, kTerms>(layout, grid, [&](int64_t offset, int64_t n, auto channels, auto& terms) {
-      span<kTerms>(offset, n, channels, terms[0], terms[kTerms - 1]);
-    });
+    return reduce_channels<Sum, kTerms>(layout, grid,
+                                        [&](int64_t offset, int64_t n, auto channels, bool careful, auto& terms) {
+                                          span<kTerms>(offset, n, channels, careful, terms[0], terms[kTerms - 1]);
+                                        });
   }
 };
 
@@ -86,7 +89,7 @@ void run_input(const Tensor& g, const Tensor& x, const Grid& grid, std::optional
   Cut cut(layout_of(x, axis));
   parallel(cut, [&](int64_t p) {
     spans_of_piece(cut, grid, p, kBlock, [&](int64_t offset, int64_t n, auto channels) {
-      backward.span<0>(offset, n, channels, nullptr, nullptr);
+      backward.span<0>(offset, n, channels, false, nullptr, nullptr);
     });
   });
 }

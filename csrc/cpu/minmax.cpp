@@ -22,10 +22,11 @@ void minmax_out(Tensor x, std::optional<int64_t> axis, Tensor low, Tensor high) 
   x = dense(x);
   Input in(x);
   Layout layout = layout_of(x, axis);
-  auto extremes = reduce_channels<Max, 2>(layout, Grid::none(), [&](int64_t offset, int64_t n, auto, auto& terms) {
-    float buffer[kBlock];
-    loop(in.block(offset, n, buffer), terms[0], terms[1], n);
-  });
+  auto extremes =
+      reduce_channels<Max, 2>(layout, Grid::none(), [&](int64_t offset, int64_t n, auto, bool, auto& terms) {
+        float buffer[kBlock];
+        loop(in.block(offset, n, buffer), terms[0], terms[1], n);
+      });
   for (size_t c = 0; c < extremes.size(); ++c) {
     low.mutable_data_ptr<float>()[c] = static_cast<float>(-extremes[c][0]);
     high.mutable_data_ptr<float>()[c] = static_cast<float>(extremes[c][1]);

@@ -24,20 +24,20 @@ Candidate make_candidate(float scale, float zero_point, float qmin, float qmax) 
 }
 
 // Rounds x * (1 / s) rather than x / s: they differ only at ties, where both codes have the same error.
-inline __attribute__((always_inline)) float squared_error(float x, const Candidate& c) {
+inline __attribute__((always_inline)) float add_squared_error(float sum, float x, const Candidate& c) {
   float rounded = clamp(__builtin_fmaf(x, c.reciprocal, kMagic), c.low, c.high) - kMagic;
   float residual = __builtin_fmaf(rounded, c.scale, -x);
-  return residual * residual;
+  return __builtin_fmaf(residual, residual, sum);
 }
 
 FASTQAT_CLONES void loop(const float* x, int64_t n, const Candidate* c, double* errors) {
   float e0 = 0, e1 = 0, e2 = 0, e3 = 0;
 #pragma omp simd reduction(+ : e0, e1, e2, e3)
   for (int64_t i = 0; i < n; ++i) {
-    e0 += squared_error(x[i], c[0]);
-    e1 += squared_error(x[i], c[1]);
-    e2 += squared_error(x[i], c[2]);
-    e3 += squared_error(x[i], c[3]);
+    e0 = add_squared_error(e0, x[i], c[0]);
+    e1 = add_squared_error(e1, x[i], c[1]);
+    e2 = add_squared_error(e2, x[i], c[2]);
+    e3 = add_squared_error(e3, x[i], c[3]);
   }
   errors[0] += e0;
   errors[1] += e1;

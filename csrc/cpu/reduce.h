@@ -30,13 +30,13 @@ struct Max {
   }
 };
 
-// Merges terms [kBlock], of which n are set, into one float64 per lane: kAccumulators vectors of lanes in float32, each
-// of at most kBlock / kLanes / kAccumulators additions, then a tree over them.
+// Reduces terms [kBlock], of which n are set, to one float32 per lane: kAccumulators vectors of lanes, each of at most
+// kBlock / kLanes / kAccumulators additions, then a tree over them. Returns false if a lane is NaN.
 constexpr int kAccumulators = 8;
 static_assert(kBlock % (kLanes * kAccumulators) == 0);
 
 template <class Op>
-FASTQAT_CLONES void reduce_block(float* terms, int64_t n, double* lanes) {
+FASTQAT_CLONES bool reduce_block(float* terms, int64_t n, float* lanes) {
   constexpr int64_t kStride = kLanes * kAccumulators;
   int64_t padded = (n + kStride - 1) / kStride * kStride;
   for (int64_t i = n; i < padded; ++i) terms[i] = Op::kIdentity;
@@ -50,7 +50,12 @@ FASTQAT_CLONES void reduce_block(float* terms, int64_t n, double* lanes) {
     }
   for (int width = kAccumulators / 2; width > 0; width /= 2)
     for (int a = 0; a < width; ++a) acc[a] = Op::merge(acc[a], acc[a + width]);
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = Op::merge(lanes[lane], static_cast<double>(acc[0][lane]));
+  bool numbers = true;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    lanes[lane] = acc[0][lane];
+    numbers = numbers & (lanes[lane] == lanes[lane]);
+  }
+  return numbers;
 }
 
 // into[i] = merge(into[i], terms[i]) for i in [0, n).
@@ -59,8 +64,9 @@ FASTQAT_CLONES void merge_columns(const float* terms, T* into, int64_t n) {
   for (int64_t i = 0; i < n; ++i) into[i] = Op::merge(into[i], static_cast<T>(terms[i]));
 }
 
-// Reduces kTerms quantities per channel. f(offset, n, channels, terms) fills terms[q][0..n) for one span.
-// Result: float64 [channels][kTerms].
+// Reduces kTerms quantities per channel. f(offset, n, channels, careful, terms) fills terms[q][0..n) for one span. In
+// rows it is called with careful = false first, and again with true where a sum of the span is NaN: a quick f may give
+// NaN for what it cannot do. Result: float64 [channels][kTerms].
 template <class Op, int kTerms, class F>
 std::vector<std::array<double, kTerms>> reduce_channels(const Layout& layout, const Grid& grid, const F& f) {
   using Terms = std::array<double, kTerms>;
@@ -75,9 +81,18 @@ std::vector<std::array<double, kTerms>> reduce_channels(const Layout& layout, co
     int64_t count = cut.by_rows ? kLanes : width;
     for (int q = 0; q < kTerms; ++q) std::fill_n(merged[q], count, static_cast<double>(Op::kIdentity));
     spans_of_piece(cut, grid, p, kBlock, [&](int64_t offset, int64_t n, auto channels) {
-      f(offset, n, channels, terms);
+      float lanes[kTerms][kLanes];
+      bool numbers = true;
+      f(offset, n, channels, !cut.by_rows, terms);
+      if (cut.by_rows) {
+        for (int q = 0; q < kTerms; ++q) numbers = reduce_block<Op>(terms[q], n, lanes[q]) && numbers;
+        if (!numbers) {
+          f(offset, n, channels, true, terms);
+          for (int q = 0; q < kTerms; ++q) reduce_block<Op>(terms[q], n, lanes[q]);
+        }
+      }
       for (int q = 0; q < kTerms; ++q)
-        cut.by_rows ? reduce_block<Op>(terms[q], n, merged[q]) : merge_columns<Op>(terms[q], merged[q], n);
+        merge_columns<Op>(cut.by_rows ? lanes[q] : terms[q], merged[q], cut.by_rows ? kLanes : n);
     });
     for (int q = 0; q < kTerms; ++q)
       for (int64_t i = 0; i < count; ++i) {

@@ -122,11 +122,14 @@ class FakeQuant(QuantizerState):
         self.qrange.copy_(torch.tensor(self.codes, dtype=torch.int32))
 
     def restore_codes(self) -> None:
-        """Take the bit-width and the sign from the loaded qrange."""
+        """Take the bit-width and the sign from the loaded qrange; ValueError where it is of another kind of grid."""
         qmin, qmax = self.qrange.tolist()
         if self.signed is None and self.symmetric and not self.restricted:
             self.signed = qmin < 0
         self._bits = (qmax - qmin + 1).bit_length() - (not self.restricted)
+        if self.codes != (qmin, qmax):
+            wanted = f"codes of signed={self.signed}, restricted={self.restricted}"
+            checks.fail(ValueError, "qrange", wanted, f"{qmin} to {qmax}")
 
     # Parameters
 
@@ -141,7 +144,9 @@ class FakeQuant(QuantizerState):
             self.register_parameter(name, lazy)
         for name in ("range_low", "range_high", "observed_step"):
             self.register_buffer(name, None)
-        if self.axis is None:
+        if self.axis is None and channels is not None:
+            checks.fail(ValueError, "channels", "none with axis=None (one scale per tensor)", channels)
+        elif self.axis is None:
             self.materialize((1,), device)
         elif channels is not None:
             shape = (channels,) if isinstance(channels, int) else tuple(channels)
@@ -149,6 +154,7 @@ class FakeQuant(QuantizerState):
                 checks.fail(ValueError, "channels", "(channels, groups) with group_size, else an int", channels)
             self.materialize(shape, device)
 
+    @torch.inference_mode(False)  # what inference makes, training could not change
     def materialize(self, shape: tuple[int, ...], device: torch.device) -> None:
         """Give the parameters, and the range that follows the data, their shape."""
         for name, p in self.named_parameters(recurse=False):
@@ -182,9 +188,11 @@ class FakeQuant(QuantizerState):
             zero_point: float32 likewise; on the offset grid it sets offset = -scale * zero_point.
 
         Raises:
-            ValueError: wrong shape, or a value that is not positive and finite.
+            ValueError: wrong shape, a scale that is not positive and finite, or a zero point that is not finite.
         """
         checks.positive("scale", scale)
+        if zero_point is not None and (zero_point.shape != scale.shape or not bool(zero_point.isfinite().all())):
+            checks.fail(ValueError, "zero_point", f"finite values of shape {list(scale.shape)}", zero_point)
         if is_lazy(self.scale):
             self.materialize(tuple(scale.shape), self.qrange.device)
         if scale.shape != self.scale.shape:
@@ -244,9 +252,9 @@ class FakeQuant(QuantizerState):
         that is computed again sees the same range. Returns new tensors; what earlier forwards saved stays as it was.
         """
         low, high = functional.minmax(x.detach(), axis=self.axis, group_size=self.group_size)
-        if self.range == "running_minmax":
-            low = self.momentum * self.range_low + (1 - self.momentum) * low
-            high = self.momentum * self.range_high + (1 - self.momentum) * high
+        momentum = self.momentum if self.range == "running_minmax" else 0.0
+        low = ranges.moving_average(self.range_low, low, momentum)
+        high = ranges.moving_average(self.range_high, high, momentum)
         if self.tracked:
             fresh = self.step > self.observed_step
             low, high = torch.where(fresh, low, self.range_low), torch.where(fresh, high, self.range_high)

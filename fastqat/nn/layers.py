@@ -28,8 +28,12 @@ class QuantizedLayer:
         return self.weight_fake_quant(self.weight, autocast)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The quantized input."""
-        return x if self.activation_fake_quant is None else self.activation_fake_quant(x)
+        """The quantized input; its quantizer lives in the time of the weight, in a copy of the layer that of its own."""
+        if self.activation_fake_quant is None:
+            return x
+        if isinstance(self.weight, nn.Parameter) and not torch.compiler.is_compiling():
+            self.activation_fake_quant.follows(self.weight)
+        return self.activation_fake_quant(x)
 
 
 class Linear(QuantizedLayer, nn.Linear):

@@ -40,33 +40,33 @@ def prepare(model: nn.Module, config: QConfig, *, first_last_bits: int | None = 
     if first_last_bits is not None:
         checks.bit_width(first_last_bits)
     of_weight: dict[nn.Parameter, FakeQuant] = {}
+    quantizers = []
     for index, layer in enumerate(layers):
         edge = first_last_bits is not None and index in (0, len(layers) - 1)
         changes = {"bits": first_last_bits} if edge else {}
-        _quantize_layer(layer, config, changes, of_weight)
+        quantizers.append(_quantizers_of(layer, config, changes, of_weight))
+    # All are made by now: a layer that cannot be quantized leaves the model as it was.
+    for layer, (weight_fake_quant, activation_fake_quant) in zip(layers, quantizers, strict=True):
+        layer.__class__ = TWINS[type(layer)]
+        layer.add_module("weight_fake_quant", weight_fake_quant)
+        layer.add_module("activation_fake_quant", activation_fake_quant)
     return model
 
 
-def _quantize_layer(
+def _quantizers_of(
     layer: nn.Module, config: QConfig, changes: dict[str, Any], of_weight: dict[nn.Parameter, FakeQuant]
-) -> None:
-    """Turn a layer into its twin."""
+) -> tuple[FakeQuant | None, FakeQuant | None]:
+    """Quantizers of a layer's weight and input; that of a weight is made once and kept in of_weight."""
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
-    device = weight.device
-    weight_fake_quant: FakeQuant | None = None
     activation_fake_quant: FakeQuant | None = None
-    if config.weight is not None:
-        if weight not in of_weight:
-            of_weight[weight] = _build(replace(config.weight, **changes), device)
-            of_weight[weight].right_inverse(weight)
-        weight_fake_quant = of_weight[weight]
+    if config.weight is not None and weight not in of_weight:
+        of_weight[weight] = _build(replace(config.weight, **changes), weight.device)
+        of_weight[weight].right_inverse(weight)
     if config.activation is not None:
-        activation_fake_quant = _build(replace(config.activation, **changes), device)
+        activation_fake_quant = _build(replace(config.activation, **changes), weight.device)
         activation_fake_quant.follows(weight)
-    layer.__class__ = TWINS[type(layer)]
-    layer.add_module("weight_fake_quant", weight_fake_quant)
-    layer.add_module("activation_fake_quant", activation_fake_quant)
+    return of_weight.get(weight), activation_fake_quant
 
 
 def _build(spec: QSpec, device: torch.device) -> FakeQuant:

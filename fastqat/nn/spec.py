@@ -51,6 +51,9 @@ class QSpec:
 
     def __post_init__(self) -> None:
         checks.bit_width(self.bits, lowest=2 if self.restricted else 1)
+        for name, value in (("axis", self.axis), ("group_size", self.group_size)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                checks.fail(TypeError, name, "None or an int", repr(value))
         checks.choice("range", self.range, (*ranges.ESTIMATORS, "fixed"))
         checks.choice("learn", self.learn, LEARN)
         checks.choice("ste_mask", self.ste_mask, ("rounded", "unrounded"))

@@ -43,7 +43,7 @@ class QuantizerState(Timed):
         raise NotImplementedError
 
     def restore_codes(self) -> None:
-        """Take the bit-width and the sign from the loaded qrange."""
+        """Take the bit-width and the sign from the loaded qrange; ValueError where it is of another kind of grid."""
         raise NotImplementedError
 
     def _state_keys(self) -> list[str]:
@@ -89,8 +89,12 @@ class QuantizerState(Timed):
         failures = len(error_msgs)
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if len(error_msgs) == failures and not absent:
+            try:
+                self.restore_codes()
+            except ValueError as error:
+                error_msgs.append(f"quantizer {prefix.rstrip('.')!r}: {error}")
+                return
             self.eps = float(state_dict[prefix + "eps"])
-            self.restore_codes()
             self.initialized = True
 
 

@@ -40,8 +40,9 @@ def draw_curves(rows: list[dict[str, Any]], title: str) -> Any:
     for phase, level in levels.items():
         accuracy_axes.axhline(level, color=COLORS[phase], linestyle="--", linewidth=1.2, label=f"{phase} {level:.2%}")
     shown = [*levels.values(), *(row["test_accuracy"] for row in qat)]
-    span = max(max(shown) - min(shown), 0.02)
-    accuracy_axes.set_ylim(min(shown) - MARGIN * span, max(shown) + MARGIN * span)  # FP32's first epochs may lie below
+    margin = MARGIN * max(max(shown) - min(shown), 0.02)
+    # The first epochs of FP32 may lie below what is shown: the differences between the phases are what matters.
+    accuracy_axes.set_ylim(min(shown) - margin, min(max(shown) + margin, 1.005))
 
     loss_axes.set_yscale("log")
     accuracy_axes.yaxis.set_major_formatter(import_extra("matplotlib.ticker").PercentFormatter(1.0))

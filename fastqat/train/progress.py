@@ -112,7 +112,7 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         title: above the table.
         rows: the last row of each phase, as in ``metrics.jsonl``.
     """
-    table = import_extra("rich.table").Table(title=title)
+    table = import_extra("rich.table").Table(title=title, min_width=len(title))
     table.add_column("")
     for heading in ("top-1", "loss"):
         table.add_column(heading, justify="right")

@@ -32,7 +32,7 @@ def fake_quantize(x, scale, zero_point, offset, qrange, axis, eps, out_dtype, y)
     if x.numel() == 0:
         return
     x = layout.dense(x)
-    shape, tile, programs = layout.matrix_of(x, axis, layout.BYTES // max(x.itemsize, y.itemsize))
+    shape, tile, programs = layout.matrix_of(x, axis, layout.WIDTH)
     grid = layout.grid_of(scale, zero_point, offset, qrange, eps)
     with layout.writing(y, x) as y:
         launch(fake_quantize_kernel, programs, x, y, grid, shape, TILE=tile)

@@ -22,7 +22,7 @@ from fastqat.ops.triton import math
 from fastqat.ops.triton.launch import INTERPRETED, cdiv, power_of_two
 
 SHORTEST_ROW = 8  # an inner dimension shorter than this is handled by columns
-BYTES = 8192  # what one program reads of its widest tensor at a time: 4 x 16 bytes for each of 128 threads
+WIDTH = 2048  # elements of a tile: 16 for each of 128 threads, 4 x 16 bytes of float32 and 2 x 16 of bfloat16
 
 
 class Shape(NamedTuple):

@@ -116,8 +116,8 @@ def fake_quantize(x, ch, FAST: tl.constexpr, OFFSET: tl.constexpr):
 @triton.jit
 def quantize(x, ch, FAST: tl.constexpr, OFFSET: tl.constexpr):
     """The integer code; that of NaN is the zero point."""
-    t = shifted(x, ch, OFFSET)
-    lev = level(tl.where(t == t, t, 0.0), ch, FAST)
+    lev = level(shifted(x, ch, OFFSET), ch, FAST)
+    lev = tl.where(lev == lev, lev, clamp(0.0, ch.low, ch.high))  # NaN in x or in the scale
     return lev if OFFSET else lev + ch.shift
 
 

@@ -60,7 +60,7 @@ def minmax(x, axis, low, high):
         high.fill_(-torch.inf)
         return
     x = layout.dense(x)
-    shape, tile, programs = layout.matrix_of(x, axis, layout.BYTES // x.itemsize, reduces=True)
+    shape, tile, programs = layout.matrix_of(x, axis, layout.WIDTH, reduces=True)
     partials = reduce.partials_of(shape, tile)
     partial = x.new_empty((2, *partials), dtype=torch.float32)
     launch(minmax_kernel, programs, x, partial, shape, partials, TILE=tile)

@@ -45,7 +45,7 @@ def _map(kernel, x, scale, zero_point, offset, qrange, axis, eps, y):
     if x.numel() == 0:
         return
     x = layout.dense(x)
-    shape, tile, programs = layout.matrix_of(x, axis, layout.BYTES // max(x.itemsize, y.itemsize))
+    shape, tile, programs = layout.matrix_of(x, axis, layout.WIDTH)
     grid = layout.grid_of(scale, zero_point, offset, qrange, eps)
     with layout.writing(y, x) as y:
         launch(kernel, programs, x, y, grid, shape, TILE=tile)

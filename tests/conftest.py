@@ -1,0 +1,49 @@
+"""Set-up of every test run: Triton's interpreter, the backends as a fixture, hypothesis without a clock or a seed."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported; lets its kernels run on the CPU
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from fastqat.ops import select
+
+settings.register_profile(
+    "fastqat",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+    ],  # one backend serves all examples
+)
+settings.load_profile("fastqat")
+
+
+def pytest_report_header() -> list[str]:
+    """Say which backends this run judges, and why the others are missing."""
+    return [f"backend {name}: {state}" for name, state in select.status().items()]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest):
+    """Run the test with the backend named by the parameter; skip with its own reason where it cannot run."""
+    state = select.status()[request.param]
+    if state != "available":
+        pytest.skip(f"backend {request.param}: {state}")
+    with select.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Run on one thread: small tensors gain nothing from more, and on a busy machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

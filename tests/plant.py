@@ -1,0 +1,193 @@
+"""Plant one bug at a time in a copy of the tree and see the tests turn red: ``python tests/plant.py [word in a name]``.
+
+A suite that has never failed proves nothing. Each plant replaces exact text (and stops where that text is gone), builds
+the C++ library where csrc changed, and runs the tests that must notice. The same tests must pass on the clean copy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("csrc", "fastqat", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+REFERENCE, MATH, REDUCE = "fastqat/ops/reference.py", "csrc/math.h", "csrc/cpu/reduce.h"
+TRITON, LAYOUT = "fastqat/ops/triton/math.py", "fastqat/ops/triton/layout.py"
+
+BY_ORACLE = ("tests/test_reference.py", "-k", "test_oracle_agrees and (float32 or shapes) or onnx or vector")
+CPU_VALUES = ("tests/test_conformance.py", "-k", "cpu and fake_quantize and (critical or shapes) and float32")
+CPU_SUMS = ("tests/test_conformance.py", "-k", "cpu and fake_quantize_backward and same_bits")
+TRITON_VALUES = ("tests/test_conformance.py", "-k", "triton and fake_quantize and (critical or shapes) and float32")
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A bug: what it is, the replacements (file, old text, new text) that make it, and the tests that must see it."""
+
+    name: str
+    replacements: tuple[tuple[str, str, str], ...]
+    tests: tuple[str, ...]
+
+
+def plant(name: str, tests: tuple[str, ...], *replacements: tuple[str, str, str]) -> Plant:
+    """Short form of Plant."""
+    return Plant(name, replacements, tests)
+
+
+IN_FINISHING_ORDER = (
+    "        double& result = partial[p * width + (cut.by_rows ? 0 : i)][q];\n",
+    "        static std::mutex mutex;\n        std::lock_guard<std::mutex> guard(mutex);\n"
+    "        double& result = partial[cut.by_rows ? p / cut.per_row * cut.per_row : p * width + i][q];\n",
+)
+
+PLANTS = (
+    plant(
+        "reference: half-up rounding",
+        BY_ORACLE,
+        (REFERENCE, "return r.round().clamp(grid.low", "return (r + 0.5).floor().clamp(grid.low"),
+    ),
+    plant(
+        "reference: multiplication by the reciprocal",
+        BY_ORACLE,
+        (REFERENCE, "shifted(x, grid) / grid.scale", "shifted(x, grid) * (1 / grid.scale)"),
+    ),
+    plant(
+        "reference: dropped tail of a sum",
+        BY_ORACLE,
+        (REFERENCE, "head[:, : tail.shape[1]] += tail", "head[:, : tail.shape[1] - 1] += tail[:, :-1]"),
+    ),
+    plant(
+        "reference: mask off by one code",
+        BY_ORACLE,
+        (REFERENCE, "(k >= grid.low) & (k <= grid.high)", "(k >= grid.low) & (k <= grid.high - 1)"),
+    ),
+    plant(
+        "cpu: half-up rounding", CPU_VALUES, (MATH, "return __builtin_rintf(v);", "return __builtin_floorf(v + 0.5f);")
+    ),
+    plant(
+        "cpu: multiplication by the reciprocal",
+        CPU_VALUES,
+        (MATH, "return __builtin_fmaf(e, ch.reciprocal, q);", "return q;"),
+    ),
+    plant(
+        "cpu: dropped tail",
+        CPU_VALUES,
+        ("csrc/cpu/fake_quantize.cpp", "i < n; ++i) y[i] =", "i < n - n % 16; ++i) y[i] ="),
+    ),
+    plant(
+        "cpu: tail of a sum not cleared",
+        CPU_VALUES,
+        (REDUCE, "i < padded; ++i) terms[i] = Op::kIdentity", "i < n; ++i)"),
+    ),
+    plant(
+        "cpu: mask off by one code",
+        CPU_VALUES,
+        (MATH, "(tested >= ch.low) & (tested <= ch.high)", "(tested >= ch.low) & (tested <= ch.high - 1.0f)"),
+    ),
+    plant(
+        "cpu: sum in thread order",
+        CPU_SUMS,
+        (REDUCE, "#include <limits>\n", "#include <limits>\n#include <mutex>\n"),
+        (REDUCE, *IN_FINISHING_ORDER),
+    ),
+    plant(
+        "triton: half-up rounding",
+        TRITON_VALUES,
+        (TRITON, "return (v + _ROUNDER) - _ROUNDER", "return tl.floor(v + 0.5)"),
+    ),
+    plant(
+        "triton: multiplication by the reciprocal",
+        TRITON_VALUES,
+        (TRITON, "return tl.fma(e, ch.reciprocal, q)", "return q"),
+    ),
+    plant(
+        "triton: dropped tail",
+        TRITON_VALUES,
+        (LAYOUT, "return cols < shape.length if TILE.rows == 1", "return cols < shape.length - 1 if TILE.rows == 1"),
+    ),
+    plant(
+        "triton: mask off by one code",
+        TRITON_VALUES,
+        (TRITON, "(tested >= ch.low) & (tested <= ch.high)", "(tested >= ch.low) & (tested <= ch.high - 1.0)"),
+    ),
+)
+
+
+def run(tree: Path, *command: str) -> tuple[int, str]:
+    """Run Python in the copy, which shadows any installed package; exit status and output."""
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run([sys.executable, *command], cwd=tree, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def build(tree: Path) -> None:
+    """Build the C++ library in the copy."""
+    code, output = run(tree, "setup.py", "build_ext", "--inplace")
+    if code or not list((tree / "fastqat").glob("_C.*.so")):
+        sys.exit(f"the copy does not build:\n{output[-3000:]}")
+
+
+def test(tree: Path, selection: tuple[str, ...]) -> tuple[bool, str]:
+    """True if tests ran and all passed, and pytest's closing line; stops unless tests passed or failed."""
+    code, output = run(tree, "-m", "pytest", "-p", "no:cacheprovider", *selection)
+    closing = [line for line in output.splitlines() if " in " in line and (" passed" in line or " failed" in line)]
+    if code not in (0, 1) or not closing:
+        sys.exit(f"pytest could not run {selection} (exit status {code}):\n{output[-3000:]}")
+    return code == 0 and " passed" in closing[-1], closing[-1].strip("= ")
+
+
+def turns_red(tree: Path, bug: Plant) -> tuple[bool, str]:
+    """Plant a bug, test, and take it out again."""
+    kept = {file: (tree / file).read_text() for file, _, _ in bug.replacements}
+    native = any(file.startswith("csrc") for file in kept)
+    for file, old, new in bug.replacements:
+        text = (tree / file).read_text()
+        if old not in text:
+            sys.exit(f"{bug.name}: {file} does not contain the text to replace: {old!r}")
+        (tree / file).write_text(text.replace(old, new))
+    if native:
+        build(tree)
+    green, line = test(tree, bug.tests)
+    for file, text in kept.items():
+        (tree / file).write_text(text)
+    if native:
+        build(tree)
+    return not green, line
+
+
+def main() -> int:
+    """Plant all bugs (or those with a word in their names); 0 if each one turned its tests red."""
+    bugs = [bug for bug in PLANTS if all(word in bug.name for word in sys.argv[1:])]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "build"))
+            elif source.exists():
+                shutil.copy2(source, tree / name)
+        build(tree)
+        where = run(tree, "-c", "import fastqat; print(fastqat.__file__)")[1].strip()
+        if not where.startswith(str(tree)):
+            sys.exit(f"the tests would import {where}, not the copy")
+        for selection in dict.fromkeys(bug.tests for bug in bugs):
+            green, line = test(tree, selection)
+            print(f"{'green' if green else 'RED'}  clean copy: {' '.join(selection)}: {line}", flush=True)
+            if not green:
+                return 1
+        missed = 0
+        for bug in bugs:
+            red, line = turns_red(tree, bug)
+            missed += not red
+            print(f"{'red  ' if red else 'MISSED'}  {bug.name}: {line}", flush=True)
+    print(f"{len(bugs) - missed} of {len(bugs)} planted bugs were noticed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

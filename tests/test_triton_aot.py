@@ -1,0 +1,171 @@
+"""What the Triton kernels compile to for an H100, found out without a GPU.
+
+Run as a script, this file launches the ops with a compiler in the place of the launcher and prints the code as JSON.
+The tests do so in a process of its own, because this one may have the interpreter switched on (TRITON_INTERPRET).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+import triton.language as tl  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def compile_cases() -> dict[str, dict[str, str]]:
+    """PTX and SASS of the first kernel of each case."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        """As much of a driver as compilation asks for."""
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    compiled, options = [], {}
+    run = JITFunction.run
+
+    def only_compile(kernel, *arguments, grid, warmup, **constants):
+        compiled.append(run(kernel, *arguments, grid=grid, warmup=True, **constants | options))
+
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = only_compile
+    cases = {}
+    for name, call in calls().items():
+        compiled.clear()
+        options["enable_fp_fusion"] = name == "contracted"
+        call()
+        cases[name] = {form: compiled[0].asm[form] for form in ("ptx", "sass")}
+    return cases
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    """The cases: ops as a user would launch them, and three that the checks below must not accept."""
+    from fastqat.ops import triton as ops
+
+    qrange = torch.tensor([-8, 7], dtype=torch.int32)
+
+    def case(op: str, dtype: torch.dtype, axis: int | None, shift: str | None = None, first: int = 0) -> Callable:
+        x = torch.zeros(64 * 4608 + first, dtype=dtype)[first:].view(64, 4608)
+        scale = torch.ones(1 if axis is None else x.shape[axis])
+        shifts = (scale if shift == name else None for name in ("zero_point", "offset"))
+        grid = (scale, *shifts, qrange, axis, 1e-8)
+        y, sums = torch.empty_like(x), (torch.empty_like(scale), torch.empty(scale.numel() if shift else 0))
+        return {
+            "fake_quantize": lambda: ops.fake_quantize(x, *grid, None, y),
+            "fake_quantize_backward": lambda: ops.fake_quantize_backward(y, x, *grid, True, True, y, *sums),
+            "quantize": lambda: ops.quantize(x, *grid, torch.int8, y.to(torch.int8)),
+            "minmax": lambda: ops.minmax(x, axis, torch.empty_like(scale), torch.empty_like(scale)),
+        }[op]
+
+    made = {f"{op}-{dtype}": case(op, getattr(torch, dtype), 0, "zero_point") for op, dtype in FMA}
+    made["offset"] = case("fake_quantize", torch.float32, None, "offset")
+    made["contracted"] = case("fake_quantize", torch.float32, None, "offset")
+    made["unaligned"] = case("fake_quantize", torch.float32, None, first=1)
+    made["bare division"] = lambda: bare_division_kernel[(1,)](qrange.new_zeros(1024).float(), torch.empty(1024))
+    return made
+
+
+@triton.jit
+def bare_division_kernel(x_ptr, y_ptr):
+    """What the kernels must not do: Triton's / on float32 is approximate. x, y: [1024]."""
+    i = tl.arange(0, 1024)
+    tl.store(y_ptr + i, tl.load(x_ptr + i) / 3.0)
+
+
+# Explicit fma of each kernel: elements of a thread times those of one element. Forward: two for the quotient on the
+# fast path. Backward: one more for the term of ds, and that one on the slow path as well.
+FMA = {
+    ("fake_quantize", "float32"): 16 * 2,
+    ("fake_quantize", "bfloat16"): 16 * 2,
+    ("fake_quantize_backward", "float32"): 8 * 4,
+    ("fake_quantize_backward", "bfloat16"): 8 * 4,
+    ("quantize", "float32"): 16 * 2,
+    ("quantize", "bfloat16"): 16 * 2,
+    ("minmax", "float32"): 0,
+    ("minmax", "bfloat16"): 0,
+}
+
+
+def faults(code: dict[str, str], fma: int, exact_quotients: bool = True, stores: bool = True) -> list[str]:
+    """Ways in which a kernel breaks the numerics law or the byte budget.
+
+    Args:
+        code: its PTX and SASS.
+        fma: how many explicit ones there are on float32; any more are contractions.
+        exact_quotients: whether there must be a division, of scales outside the fast range.
+        stores: whether it writes a tensor as large as x.
+    """
+    ptx, sass = code["ptx"], code["sass"]
+    found = [f"inexact: {op}" for op in sorted(set(re.findall(r"\b(?:div|rcp)\.(?:full|approx)\S*|\S+\.ftz\S*", ptx)))]
+    found += [f"free to contract: {op}" for op in sorted(set(re.findall(r"\b(?:mul|add|sub)\.f(?:32|64)", ptx)))]
+    if (count := len(re.findall(r"\bfma\.rn\.f32", ptx))) != fma:
+        found.append(f"{count} fma instead of {fma}")
+    if exact_quotients and "div.rn.f32" not in ptx:
+        found.append("no exact division")
+    if "ld.global.v4.b32" not in ptx or "LDG.E.128" not in sass:
+        found.append("no 16-byte load")
+    if stores and ("st.global.v4.b32" not in ptx or "STG.E.128" not in sass):
+        found.append("no 16-byte store")
+    found += [f"local memory: {op}" for op in sorted(set(re.findall(r"\b(?:LDL|STL)\S*", sass)))]
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, str]]:
+    """PTX and SASS of each case."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("op", "dtype"), FMA)
+def test_kernel_is_exact_and_wide(compiled: dict[str, dict[str, str]], op: str, dtype: str) -> None:
+    """16-byte accesses, exact quotients, no contraction, no local memory."""
+    minmax = op == "minmax"
+    code = compiled[f"{op}-{dtype}"]
+    assert faults(code, FMA[op, dtype], exact_quotients=not minmax, stores=not minmax) == []
+
+
+def test_offset_grid_rounds_twice(compiled: dict[str, dict[str, str]]) -> None:
+    """s * level + o is no fma."""
+    assert faults(compiled["offset"], 32) == []
+
+
+def test_contraction_is_found(compiled: dict[str, dict[str, str]]) -> None:
+    """The same kernel with enable_fp_fusion=True: one more fma for each of 16 elements on both paths."""
+    found = faults(compiled["contracted"], 32)
+    assert any(re.match(r"\d+ fma instead of 32", fault) for fault in found), found
+
+
+def test_narrow_access_is_found(compiled: dict[str, dict[str, str]]) -> None:
+    """A tensor that begins 4 bytes off a 16-byte boundary."""
+    assert faults(compiled["unaligned"], 32) == ["no 16-byte load"]
+
+
+def test_approximate_division_is_found(compiled: dict[str, dict[str, str]]) -> None:
+    """A kernel with a bare division."""
+    assert re.fullmatch(r"inexact: div\.(full|approx)\.f32", faults(compiled["bare division"], 0)[0])
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_cases()))
