@@ -39,15 +39,17 @@ FASTQAT_INLINE float clamp(float v, float low, float high) {
 
 FASTQAT_INLINE bool is_fast_scale(float scale) { return scale >= kSmallestFastScale && scale <= kLargestFastScale; }
 
-FASTQAT_INLINE Channel make_channel(float scale, float eps, float zero_point, float offset, bool offset_grid,
+// has_zero_point: the zero point rounds into [qmin, qmax]. Without one z = 0, whether or not it is a code, and o may
+// shift.
+FASTQAT_INLINE Channel make_channel(float scale, float eps, bool has_zero_point, float zero_point, float offset,
                                     float qmin, float qmax) {
   Channel ch;
   ch.scale = scale < eps ? eps : scale;
   ch.reciprocal = 1.0f / ch.scale;
-  float zero = offset_grid ? 0.0f : clamp(round_even(zero_point), qmin, qmax);
+  float zero = has_zero_point ? clamp(round_even(zero_point), qmin, qmax) : 0.0f;
   ch.low = qmin - zero;
   ch.high = qmax - zero;
-  ch.shift = offset_grid ? offset : zero;
+  ch.shift = has_zero_point ? zero : offset;
   ch.below = ch.scale * (ch.low - 1.0f);
   ch.above = ch.scale * (ch.high + 1.0f);
   return ch;
@@ -95,11 +97,12 @@ FASTQAT_INLINE float fake_quantize(float x, const Channel& ch) {
   return value<kOffset>(level<kFast>(shifted<kOffset>(x, ch), ch), ch);
 }
 
-// The integer code; that of NaN is the zero point.
+// The integer code; that of NaN, in x or in the scale, is the zero point.
 template <bool kFast, bool kOffset>
 FASTQAT_INLINE float quantize(float x, const Channel& ch) {
-  float t = shifted<kOffset>(x, ch);
-  return level<kFast>(t == t ? t : 0.0f, ch) + (kOffset ? 0.0f : ch.shift);
+  float lev = level<kFast>(shifted<kOffset>(x, ch), ch);
+  float code = lev == lev ? lev : clamp(0.0f, ch.low, ch.high);
+  return kOffset ? code : code + ch.shift;
 }
 
 template <bool kOffset>
@@ -118,33 +121,36 @@ enum class Path {
 // What one element adds to the gradients, for an incoming gradient g.
 struct Gradient {
   float dx;       // g inside the straight-through mask, else 0
-  float scale;    // term of ds, times the scale unless the path is `divide`: see grad_scale_divisor()
+  float scale;    // term of ds, times grad_scale_divisor()
   float outside;  // g outside the mask, else 0: the term of do, and of dz / -scale
 };
 
-// kRounded: the mask tests rint(r), else r itself. All switches are template parameters: g++ does not vectorise a loop
-// that chooses at run time.
-// level * scale - t has one rounding (fma), however small it is beside t; `divide` takes the quotient in double
-// instead. A NaN in x passes no gradient and adds to no sum.
+FASTQAT_INLINE double grad_scale_divisor(const Channel& ch) {
+  return is_fast_scale(ch.scale) ? static_cast<double>(ch.scale) : 1.0;
+}
+
+// kRounded: the mask tests rint(r), else r itself, which must be exact down to the subnormals then: a bound may be 0.
+// All switches are template parameters: g++ does not vectorise a loop that chooses at run time. level * scale - t has
+// one rounding (fma), however small it is beside t; `divide` takes the quotient in double instead. A NaN in x passes no
+// gradient and adds to no sum.
 template <Path kPath, bool kOffset, bool kRounded>
 FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& ch) {
   float t = shifted<kOffset>(x, ch);
-  float r = kPath == Path::fast ? quotient<true>(t, ch) : ratio<kPath != Path::divide>(t, ch);
+  float r = !kRounded || kPath == Path::divide ? t / ch.scale
+            : kPath == Path::careful           ? ratio<true>(t, ch)
+                                               : quotient<true>(t, ch);
   float tested = kRounded ? round_even(r) : r;
   float nearest = clamp(tested, ch.low, ch.high);
   bool inside = nearest == tested;
   float lev = kRounded ? nearest : clamp(round_even(r), ch.low, ch.high);
   float passed = inside ? t : 0.0f;
   float slope = kPath == Path::divide
-                    ? static_cast<float>(lev - static_cast<double>(passed) / static_cast<double>(ch.scale))
+                    ? static_cast<float>((lev - static_cast<double>(passed) / static_cast<double>(ch.scale)) *
+                                         grad_scale_divisor(ch))
                     : __builtin_fmaf(lev, ch.scale, -passed);
   if (kPath == Path::fast) return {inside ? g : 0.0f, g * slope, inside ? 0.0f : g};
-  bool number = r == r;
+  bool number = x == x;
   return {inside ? g : 0.0f, number ? g * slope : 0.0f, number & !inside ? g : 0.0f};
-}
-
-FASTQAT_INLINE double grad_scale_divisor(const Channel& ch) {
-  return is_fast_scale(ch.scale) ? static_cast<double>(ch.scale) : 1.0;
 }
 
 // Four 32-bit numbers of one counter.

@@ -106,8 +106,8 @@ struct Grid {
 
   Channel channel(int64_t c) const {
     if (!scale.data) return {};
-    return make_channel(scale.data[c], eps, zero_point.data ? zero_point.data[c] : 0.0f,
-                        offset.data ? offset.data[c] : 0.0f, offset_grid(), qmin, qmax);
+    return make_channel(scale.data[c], eps, zero_point.data != nullptr, zero_point.data ? zero_point.data[c] : 0.0f,
+                        offset.data ? offset.data[c] : 0.0f, qmin, qmax);
   }
 };
 

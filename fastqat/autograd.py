@@ -27,9 +27,14 @@ def from_rows(y: Tensor, like: Tensor, axis: int | None, group_size: int | None)
     """Undo :func:`as_rows`: the shape of `like` and the strides that empty_like gives it."""
     if group_size is None or axis is None:
         return y
-    y = y.view(like.movedim(axis, 0).shape).movedim(0, axis)
+    y = _viewed_as(y, like, axis)
     result = torch.empty_like(like, dtype=y.dtype)
     return y if y.stride() == result.stride() else result.copy_(y)
+
+
+def _viewed_as(y: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Rows with the shape of `like`, in whatever strides that takes no copy."""
+    return y.view(like.movedim(axis, 0).shape).movedim(0, axis)
 
 
 def flat(p: Any) -> Any:
@@ -76,8 +81,9 @@ class _FakeQuantize(torch.autograd.Function):
         learned = any(ctx.needs_input_grad[1:4])
         # Only a second derivative needs a graph of the backward pass itself.
         run = _FakeQuantizeBackward.apply if torch.is_grad_enabled() else _FakeQuantizeBackward.forward
-        dx, dscale, dshift = run(g, *ctx.saved_tensors, *ctx.options, learned)
-        offset_grid = ctx.saved_tensors[3] is not None
+        saved = ctx.saved_tensors  # read once: activation checkpointing hands them out only once
+        dx, dscale, dshift = run(g, *saved, *ctx.options, learned)
+        offset_grid = saved[3] is not None
         shifts = (None, dshift) if offset_grid else (dshift, None)
         return dx, dscale, *shifts, *(None,) * 8
 
@@ -163,7 +169,7 @@ def _second_order(
     outside = ~mask & ~r.isnan()
     weight = torch.ones_like(grid.scale) if factor is None else torch.full_like(grid.scale, factor)
     if lsq:
-        weight = weight * (rows.numel() // scale.numel() * qrange[1].float().clamp(min=1)).rsqrt()
+        weight = weight * (max(rows.numel() // scale.numel(), 1) * qrange[1].float().clamp(min=1)).rsqrt()
 
     dg = torch.zeros_like(g_rows, dtype=torch.float32)
     if gdx is not None:
@@ -182,8 +188,9 @@ def _second_order(
         dg = dg + torch.where(outside, along if offset is not None else -grid.scale * along, 0.0)
         dscale = -along * weight * outside_sum
     learned_zero = zero_point is not None and offset is None
+    dg = dg.to(g.dtype)
     return (
-        from_rows(dg.to(g.dtype), x, axis, group_size),
+        dg if group_size is None else _viewed_as(dg, x, axis),  # vmap cannot copy into a tensor outside its batch
         None,
         dscale.view(scale.shape) if dscale is not None and learned_zero else None,
         dzero.view(scale.shape) if dzero is not None and learned_zero else None,

@@ -74,7 +74,7 @@ void run(const Tensor& g, const Tensor& x, const Grid& grid, std::optional<int64
          bool lsq_grad_scale, const Tensor& dx, const Tensor& dscale, const Tensor& dshift) {
   Backward backward{Input(g), Input(x), Output(dx), grid.offset_grid(), rounded_mask};
   Layout layout = layout_of(x, axis);
-  double count = static_cast<double>(layout.outer * layout.inner);
+  double count = static_cast<double>(std::max<int64_t>(layout.outer * layout.inner, 1));
   double factor = lsq_grad_scale ? 1.0 / std::sqrt(count * std::max(grid.qmax, 1.0f)) : 1.0;
   float* ds = dscale.mutable_data_ptr<float>();
   if (dshift.numel())

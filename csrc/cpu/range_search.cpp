@@ -1,5 +1,5 @@
 // range_search: squared errors of many candidate grids from one read of x.
-#include <memory>
+#include <limits>
 
 #include "elements.h"
 #include "ops.h"
@@ -18,9 +18,10 @@ struct Candidate {
   float scale, reciprocal, low, high;  // low, high: levels + kMagic
 };
 
-Candidate make_candidate(float scale, float zero_point, float qmin, float qmax) {
-  Channel ch = make_channel(scale, 0.0f, zero_point, 0.0f, false, qmin, qmax);
-  return {ch.scale, ch.reciprocal, ch.low + kMagic, ch.high + kMagic};
+Candidate make_candidate(const Grid& grid, int64_t index) {
+  Channel ch = grid.channel(index);
+  float reciprocal = std::min(ch.reciprocal, std::numeric_limits<float>::max());  // 0 * Inf would be NaN
+  return {ch.scale, reciprocal, ch.low + kMagic, ch.high + kMagic};
 }
 
 // Rounds x * (1 / s) rather than x / s: they differ only at ties, where both codes have the same error.
@@ -45,20 +46,17 @@ FASTQAT_CLONES void loop(const float* x, int64_t n, const Candidate* c, double* 
   errors[3] += e3;
 }
 
-FASTQAT_CLONES void keep_finite(const float* in, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = __builtin_fabsf(in[i]) < __builtin_inff() ? in[i] : 0.0f;
-}
-
-// Copies elements [first, first + n) of channel c, in memory order, to tile; non-finite values as 0, which has no
-// error.
-void gather(const Input& in, const Layout& layout, int64_t c, int64_t first, int64_t n, float* tile) {
+// Copies elements [first, first + n) of channel c, in memory order, to tile; returns how many are finite, and stay.
+int64_t gather(const Input& in, const Layout& layout, int64_t c, int64_t first, int64_t n, float* tile) {
   float buffer[kBlock];
   for (int64_t done = 0; done < n;) {
     int64_t o = (first + done) / layout.inner, i = (first + done) % layout.inner;
     int64_t run = std::min({n - done, layout.inner - i, kBlock});
-    keep_finite(in.block((o * layout.channels + c) * layout.inner + i, run, buffer), tile + done, run);
+    const float* from = in.block((o * layout.channels + c) * layout.inner + i, run, buffer);
+    std::memcpy(tile + done, from, run * sizeof(float));
     done += run;
   }
+  return std::remove_if(tile, tile + n, [](float v) { return !(__builtin_fabsf(v) < __builtin_inff()); }) - tile;
 }
 
 }  // namespace
@@ -80,13 +78,9 @@ void range_search_out(Tensor x, Tensor scales, OptionalTensor zero_points, Tenso
     std::vector<float> tile(kTile);
     for (int64_t p = begin; p < end; ++p) {
       int64_t c = p / per_channel, start = p % per_channel * piece_size;
-      for (int64_t k = 0; k < count; ++k)
-        candidates[k] =
-            make_candidate(grid.scale.data[k * channels + c],
-                           grid.zero_point.data ? grid.zero_point.data[k * channels + c] : 0.0f, grid.qmin, grid.qmax);
+      for (int64_t k = 0; k < count; ++k) candidates[k] = make_candidate(grid, k * channels + c);
       for (int64_t i = start; i < std::min(start + piece_size, length); i += kTile) {
-        int64_t n = std::min(kTile, length - i);
-        gather(in, layout, c, i, n, tile.data());
+        int64_t n = gather(in, layout, c, i, std::min(kTile, length - i), tile.data());
         for (int64_t k = 0; k < padded; k += kCandidatesAtOnce)
           loop(tile.data(), n, candidates.data() + k, partial.data() + p * padded + k);
       }

@@ -63,12 +63,19 @@ def inside(r: Tensor, grid: Grid, rounded_mask: bool) -> Tensor:
     return (k >= grid.low) & (k <= grid.high)
 
 
+def rows_of(x: Tensor, axis: int | None) -> Tensor:
+    """x as [C, -1] with a row per channel, or as [1, -1]; works for empty tensors too."""
+    channels = 1 if axis is None else x.shape[axis]
+    x = x if axis is None else x.movedim(axis, 0)
+    return x.reshape(channels, x.numel() // max(channels, 1))
+
+
 def ordered_sum(terms: Tensor, axis: int | None) -> Tensor:
     """Sum of terms over all dimensions but axis, as a tree of element-wise additions: the same bits on every run.
 
     terms: float64, any shape; result: float64 [C] or [1].
     """
-    rows = terms.reshape(1, -1) if axis is None else terms.movedim(axis, 0).reshape(terms.shape[axis], -1)
+    rows = rows_of(terms, axis)
     if rows.shape[1] == 0:
         return rows.new_zeros(rows.shape[0])
     while rows.shape[1] > 1:
@@ -109,7 +116,7 @@ def fake_quantize_backward(
     slope = level(r, grid).double() - torch.where(mask, t.double() / s, 0.0)
     factor = 1.0
     if lsq_grad_scale:
-        count = x.numel() // max(scale.numel(), 1)
+        count = max(x.numel() // max(scale.numel(), 1), 1)
         factor = (count * qrange[1].double().clamp(min=1)).rsqrt()
     dscale.copy_(ordered_sum(torch.where(nan, 0.0, g * slope), axis) * factor)
     if dshift.numel():
@@ -148,7 +155,7 @@ def unpack(packed, bits, numel, signed, codes):
 
 def minmax(x, axis, low, high):
     """Extremes over the finite values."""
-    rows = (x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)).float()
+    rows = rows_of(x, axis).float()
     infinity = rows.new_full((rows.shape[0], 1), torch.inf)
     finite = rows.isfinite()
     low.copy_(torch.cat([torch.where(finite, rows, torch.inf), infinity], 1).amin(1))
@@ -157,11 +164,13 @@ def minmax(x, axis, low, high):
 
 def range_search(x, scales, zero_points, qrange, axis, errors):
     """errors[k] = sum over finite x of (fake_quantize(x; scales[k], zero_points[k]) - x)^2, summed in float64."""
-    finite = torch.where(x.isfinite(), x, 0).float()
+    finite = x.isfinite()
+    values = torch.where(finite, x, 0).float()
     for k in range(scales.shape[0]):
-        grid = grid_of(x, scales[k], None if zero_points is None else zero_points[k], None, qrange, axis, 0.0)
-        residual = value(level(finite / grid.scale, grid), grid) - finite
-        errors[k] = ordered_sum(residual.double().square(), axis).float()
+        zero_point = None if zero_points is None else zero_points[k]
+        grid = grid_of(x, scales[k], zero_point, None, qrange, axis, 0.0)
+        residual = value(level(values / grid.scale, grid), grid) - values
+        errors[k] = ordered_sum(torch.where(finite, residual, 0.0).double().square(), axis).float()
 
 
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
