@@ -62,20 +62,17 @@ class BuildOrExplain(build_ext):
         super().finalize_options()
 
     def run(self) -> None:
+        package = ROOT if self.inplace else Path(self.build_lib)  # a failing build forgets that it is in place
         try:
             super().run()
         except Exception as error:  # whatever the tool chain says is the reason
             self.reason = f"{type(error).__name__}: {error}"
             print(f"fastqat: installing without the C++ library ({self.reason})")
-        self.explain(self.reason)
-
-    def explain(self, reason: str | None) -> None:
-        package = ROOT if self.inplace else Path(self.build_lib)
         note = package / "fastqat" / "_C.not-built.txt"
         note.unlink(missing_ok=True)
-        if reason:
+        if self.reason:
             note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(reason + "\n")
+            note.write_text(self.reason + "\n")
 
 
 if __name__ == "__main__":
