@@ -122,8 +122,8 @@ def fake_quantize(
             qmin <= x/s + z <= qmax.
         grad_scale: factor on the gradients of scale, zero_point and offset; "lsq" is 1 / sqrt(N * max(qmax, 1)) with
             N elements to a scale.
-        eps: floor of the scale, with a straight-through gradient. None asks for a positive scale, which is checked where
-            that needs no copy from a device.
+        eps: floor of the scale, with a straight-through gradient. None asks for a positive scale, which is checked
+            where that needs no copy from a device.
         out_dtype: floating dtype of the result; None is that of x.
         out: tensor to write into, instead of a new one; takes no part in autograd.
 

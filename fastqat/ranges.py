@@ -55,10 +55,15 @@ def grid_from_range(
         scale = extent / torch.where(qmax > 0, qmax, 1.0)  # signed codes of 1 bit are -1 and 0
     else:
         scale = (high - low) / (qmax - qmin)
-    largest = scale.amax()
-    scale = torch.where(scale > 0, scale, torch.where(largest > 0, largest, 1.0))
+    scale = _filled(scale)
     zero_point = torch.zeros_like(scale) if symmetric else (qmin - low / scale)
     return scale, zero_point
+
+
+def _filled(scale: Tensor) -> Tensor:
+    """Scales with the largest of them, or 1, in the place of those that are 0."""
+    largest = scale.amax()
+    return torch.where(scale > 0, scale, torch.where(largest > 0, largest, 1.0))
 
 
 class MinMax:
@@ -179,7 +184,9 @@ class MeanSquaredError:
         """Scale and zero point, float32 of the shape of a scale."""
         assert self.errors is not None, "observe() comes first"
         best = self.errors.argmin(0, keepdim=True)
-        return self.scales.gather(0, best)[0], self.zero_points.gather(0, best)[0]
+        blind = (self.errors == 0).all(0)  # no data but zeros: every candidate is as good
+        scale = torch.where(blind, 0.0, self.scales.gather(0, best)[0])
+        return _filled(scale), self.zero_points.gather(0, best)[0]
 
 
 Estimator = MinMax | MeanSquaredError

@@ -126,7 +126,10 @@ def run(tree: Path, *command: str) -> tuple[int, str]:
 
 
 def build(tree: Path) -> None:
-    """Build the C++ library in the copy."""
+    """Build the C++ library in the copy; an older one must not stand in for it."""
+    for old in (tree / "fastqat").glob("_C.*.so"):
+        old.unlink()
+    shutil.rmtree(tree / "build", ignore_errors=True)
     code, output = run(tree, "setup.py", "build_ext", "--inplace")
     if code or not list((tree / "fastqat").glob("_C.*.so")):
         sys.exit(f"the copy does not build:\n{output[-3000:]}")

@@ -234,12 +234,14 @@ class FakeQuant(QuantizerState):
         self._calibration.observe(x)
 
     def _initialize(self, x: Tensor) -> None:
-        """Set the range from the first tensor."""
+        """Set the range from the first tensor that has a finite value."""
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "FakeQuant: wanted an initialized range before compilation; got the first tensor inside a compiled "
                 "forward. Call the module once eagerly, or fastqat.calibrate(model, batches)."
             )
+        if not x.isfinite().any():
+            return
         self.begin_calibration()
         self._observe(x)
         self.end_calibration()
@@ -291,6 +293,8 @@ class FakeQuant(QuantizerState):
             return x if out_dtype is None else x.to(out_dtype)
         if not self.initialized:
             self._initialize(x)
+            if not self.initialized:  # an empty tensor, or one without a finite value, has no range
+                return x if out_dtype is None else x.to(out_dtype)
         axis = checks.normalized_axis(x, self.axis)
         checks.parameter("FakeQuant.scale", self.scale, x, checks.scale_shape(x, axis, self.group_size))
         scale: Tensor = self.scale

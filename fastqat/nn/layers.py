@@ -28,9 +28,10 @@ class QuantizedLayer:
         return self.weight_fake_quant(self.weight, autocast)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The quantized input; its quantizer lives in the time of the weight, in a copy of the layer that of its own."""
+        """The quantized input."""
         if self.activation_fake_quant is None:
             return x
+        # Its time is that of the weight; a copy of the layer learns here of its own.
         if isinstance(self.weight, nn.Parameter) and not torch.compiler.is_compiling():
             self.activation_fake_quant.follows(self.weight)
         return self.activation_fake_quant(x)

@@ -29,6 +29,8 @@ class QuantizerState(Timed):
         """Move with the model, but keep every dtype."""
 
         def keep_dtype(t: Tensor) -> Tensor:
+            if is_lazy(t):  # has a device, and no values that fn could convert
+                return t.to(fn(torch.empty(0, device=t.device)).device)
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 

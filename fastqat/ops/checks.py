@@ -53,6 +53,8 @@ def scale_shape(x: Tensor, axis: int | None, group_size: int | None) -> tuple[in
     channels = x.shape[axis]
     if group_size is None:
         return (channels,)
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        fail(TypeError, "group_size", "None or an int", repr(group_size))
     length = x.numel() // channels if channels else 0
     if group_size < 1 or length % group_size:
         fail(
