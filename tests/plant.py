@@ -87,7 +87,11 @@ PLANTS = (
     plant(
         "cpu: mask off by one code",
         CPU_VALUES,
-        (MATH, "(tested >= ch.low) & (tested <= ch.high)", "(tested >= ch.low) & (tested <= ch.high - 1.0f)"),
+        (
+            MATH,
+            "float nearest = clamp(tested, ch.low, ch.high);",
+            "float nearest = clamp(tested, ch.low, ch.high - 1.0f);",
+        ),
     ),
     plant(
         "cpu: sum in thread order",
@@ -144,28 +148,26 @@ def test(tree: Path, selection: tuple[str, ...]) -> tuple[bool, str]:
     return code == 0 and " passed" in closing[-1], closing[-1].strip("= ")
 
 
-def turns_red(tree: Path, bug: Plant) -> tuple[bool, str]:
-    """Plant a bug, test, and take it out again."""
-    kept = {file: (tree / file).read_text() for file, _, _ in bug.replacements}
-    native = any(file.startswith("csrc") for file in kept)
-    for file, old, new in bug.replacements:
-        text = (tree / file).read_text()
-        if old not in text:
-            sys.exit(f"{bug.name}: {file} does not contain the text to replace: {old!r}")
-        (tree / file).write_text(text.replace(old, new))
-    if native:
-        build(tree)
-    green, line = test(tree, bug.tests)
-    for file, text in kept.items():
-        (tree / file).write_text(text)
-    if native:
-        build(tree)
+def turns_red(clean: Path, bug: Plant) -> tuple[bool, str]:
+    """Plant a bug in a copy of the clean copy, and test."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(clean, tree, ignore=shutil.ignore_patterns("__pycache__", "build"))
+        for file, old, new in bug.replacements:
+            (tree / file).write_text((tree / file).read_text().replace(old, new))
+        if any(file.startswith("csrc") for file, _, _ in bug.replacements):
+            build(tree)
+        green, line = test(tree, bug.tests)
     return not green, line
 
 
 def main() -> int:
     """Plant all bugs (or those with a word in their names); 0 if each one turned its tests red."""
     bugs = [bug for bug in PLANTS if all(word in bug.name for word in sys.argv[1:])]
+    for bug in bugs:
+        for file, old, _ in bug.replacements:
+            if old not in (ROOT / file).read_text():
+                sys.exit(f"{bug.name}: {file} does not contain the text to replace: {old!r}")
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in COPIED:

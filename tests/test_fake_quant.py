@@ -305,7 +305,7 @@ def test_first_call_in_inference_mode() -> None:
 
 @pytest.mark.parametrize("first", [torch.empty(0, 4), torch.full((2, 4), torch.nan)], ids=["empty", "nan"])
 def test_a_first_tensor_without_values_sets_no_range(first: torch.Tensor) -> None:
-    quantizer = fastqat.FakeQuant(bits=4)
+    quantizer = FakeQuant(bits=4)
     torch.testing.assert_close(quantizer(first), first, equal_nan=True)
     assert not quantizer.initialized
     quantizer(torch.tensor([-1.0, 2.0]))
