@@ -75,6 +75,11 @@ PLANTS = (
         (MATH, "return __builtin_fmaf(e, ch.reciprocal, q);", "return q;"),
     ),
     plant(
+        "cpu: multiplication by the reciprocal on the fast path of the backward alone",
+        CPU_VALUES,
+        (MATH, ": quotient<true>(t, ch);", ": t * ch.reciprocal;"),
+    ),
+    plant(
         "cpu: dropped tail",
         CPU_VALUES,
         ("csrc/cpu/fake_quantize.cpp", "i < n; ++i) y[i] =", "i < n - n % 16; ++i) y[i] ="),
