@@ -53,8 +53,8 @@ class Trainer:
         self.shuffling = torch.Generator().manual_seed(config.seed)
         dataset = data.load(config.data, config.root)
         self.data = dataset.limit_train(config.limit_train or len(dataset.train)).to(self.device)
-        self.model = models.build(config.model, dataset.num_classes)
-        self.model.to(self.device, memory_format=torch.channels_last)  # faster convolutions on every device
+        self.model = models.build(config.model, dataset.num_classes).to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
         check_images_fit(config, dataset)
         if config.checkpoint:
             load_checkpoint(self.model, config.checkpoint)
