@@ -8,6 +8,9 @@ import datetime
 import json
 import os
 import platform
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,11 +64,29 @@ def machine() -> dict[str, object]:
     }
 
 
+def take_turns(benchmark, contenders: dict[str, tuple[Callable[[], object], int]], rounds: int) -> None:
+    """Time the contenders round by round, each right after an untimed call of its own; keep their medians.
+
+    contenders: name -> (call, bytes that it must read and write, or 0).
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def one_round() -> None:
+        for name, (call, _) in contenders.items():
+            call()
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+
+    benchmark.pedantic(one_round, rounds=rounds, iterations=1, warmup_rounds=2)
+    for name, (_, moved) in contenders.items():
+        benchmark.extra_info[name] = (statistics.median(times[name][2:]), moved)
+
+
 def _medians(config: pytest.Config) -> dict[str, tuple[float, int]]:
-    """Test name -> (median seconds, bytes that the op itself must move)."""
+    """Contender -> (median seconds, bytes that it must move)."""
     session = getattr(config, "_benchmarksession", None)
-    runs = session.benchmarks if session else []
-    return {b.name.removeprefix("bench_"): (b.stats.median, b.extra_info.get("bytes", 0)) for b in runs if b.stats.data}
+    return {name: value for b in (session.benchmarks if session else []) for name, value in b.extra_info.items()}
 
 
 def _rows(medians: dict[str, tuple[float, int]]) -> list[dict[str, object]]:
