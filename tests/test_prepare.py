@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import fastqat
 from fastqat import FakeQuant, QConfig, QSpec, calibrate, prepare
@@ -222,3 +223,16 @@ def test_quantizer_parameters() -> None:
     names = {id(p): name for name, p in net.named_parameters()}
     assert all("fake_quant" in names[id(p)] for p in found)
     assert fastqat.quantizer_parameters(prepare(Net(), CONFIG)) == []
+
+
+def test_calibrate_leaves_the_quantizer_of_a_parametrized_weight_alone() -> None:
+    layer = nn.Linear(6, 4)
+    parametrize.register_parametrization(layer, "weight", fastqat.FakeQuant(bits=3, axis=0, learn="scale"))
+    model = nn.Sequential(fastqat.FakeQuant(bits=4), layer)
+    of_weight = layer.parametrizations.weight[0]
+    with torch.no_grad():
+        of_weight.scale.mul_(3)  # as training may have left it
+    learned = of_weight.scale.clone()
+    fastqat.calibrate(model, [torch.randn(5, 6)])
+    assert torch.equal(of_weight.scale, learned)
+    assert model[0].initialized

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.layers import TWINS, QuantizedLayer
@@ -95,6 +96,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         ValueError: there is nothing to calibrate, no batch, or a quantizer that saw no data; the message names it.
     """
     weights = {id(m.weight_fake_quant) for m in model.modules() if isinstance(m, QuantizedLayer)}
+    weights |= {id(q) for m in model.modules() if isinstance(m, ParametrizationList) for q in m}
     quantizers = {
         name: m
         for name, m in model.named_modules()
