@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-USE = """
+# An editable install of the package would lend its library to the copy.
+ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+STATUS = ALONE + "import runpy; sys.argv = ['fastqat', 'status']; runpy.run_module('fastqat', run_name='__main__')\n"
+USE = (
+    ALONE
+    + """
 import torch, fastqat
 x = torch.tensor([-1.2, 0.04, 0.69, 3.0])
 y = fastqat.functional.fake_quantize(x, torch.tensor([0.25]), qmin=-4, qmax=3)
@@ -22,6 +27,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
+)
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -50,7 +56,7 @@ def test_without_a_compiler_the_reason_is_kept_and_the_reference_runs(tree: Path
     assert "backend 'cpu' cannot run here: the C++ library fastqat._C was not built" in used.stdout
     assert "/no/such/c" in used.stdout, "the reason of the failed build is lost"
 
-    status = run("-m", "fastqat", "status", cwd=tree, PYTHONPATH=str(tree))
+    status = run("-c", STATUS, cwd=tree, PYTHONPATH=str(tree))
     assert status.returncode == 0, status.stderr
     assert "/no/such/c" in status.stdout
 
