@@ -159,6 +159,12 @@ def _gradient_unit(ch):
 
 
 @triton.jit
+def grad_scale_divisor(ch):
+    """What the sum of Gradient.scale must be divided by. float64."""
+    return (ch.scale * _gradient_unit(ch)).to(tl.float64)
+
+
+@triton.jit
 def fake_quantize_backward(g, x, ch, FAST: tl.constexpr, OFFSET: tl.constexpr, ROUNDED: tl.constexpr):
     """Gradient of one element; the term of ds is multiplied by grad_scale_divisor()."""
     t = shifted(x, ch, OFFSET)
@@ -175,12 +181,6 @@ def fake_quantize_backward(g, x, ch, FAST: tl.constexpr, OFFSET: tl.constexpr, R
         unit = _gradient_unit(ch)
         slope = tl.fma(lev, ch.scale * unit, -(passed * unit))
     return Gradient(tl.where(inside, g, 0.0), valid * slope, tl.where(inside, 0.0, valid))
-
-
-@triton.jit
-def grad_scale_divisor(ch):
-    """What the sum of Gradient.scale must be divided by. float64."""
-    return (ch.scale * _gradient_unit(ch)).to(tl.float64)
 
 
 class Philox(NamedTuple):
