@@ -169,7 +169,7 @@ def _second_order(
     outside = ~mask & ~r.isnan()
     weight = torch.ones_like(grid.scale) if factor is None else torch.full_like(grid.scale, factor)
     if lsq:
-        weight = weight * (max(rows.numel() // scale.numel(), 1) * qrange[1].float().clamp(min=1)).rsqrt()
+        weight = weight * reference.lsq_factor(rows, scale, qrange).float()
 
     dg = torch.zeros_like(g_rows, dtype=torch.float32)
     if gdx is not None:

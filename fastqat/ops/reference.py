@@ -98,6 +98,12 @@ def fake_quantize_backward_input(g, x, scale, zero_point, offset, qrange, axis, 
     dx.copy_(torch.where(inside(shifted(x, grid) / grid.scale, grid, rounded_mask), g.float(), 0.0))
 
 
+def lsq_factor(x: Tensor, scale: Tensor, qrange: Tensor) -> Tensor:
+    """1 / sqrt(N * max(qmax, 1)) with N elements of x to a scale (LSQ, section 2.2). float64, 0-dim."""
+    count = max(x.numel() // max(scale.numel(), 1), 1)
+    return (count * qrange[1].double().clamp(min=1)).rsqrt()
+
+
 def fake_quantize_backward(
     g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale, dx, dscale, dshift
 ):
@@ -114,10 +120,7 @@ def fake_quantize_backward(
 
     s, g, nan = grid.scale.double(), g.double(), x.isnan()
     slope = level(r, grid).double() - torch.where(mask, t.double() / s, 0.0)
-    factor = 1.0
-    if lsq_grad_scale:
-        count = max(x.numel() // max(scale.numel(), 1), 1)
-        factor = (count * qrange[1].double().clamp(min=1)).rsqrt()
+    factor = lsq_factor(x, scale, qrange) if lsq_grad_scale else 1.0
     dscale.copy_(ordered_sum(torch.where(nan, 0.0, g * slope), axis) * factor)
     if dshift.numel():
         outside = ordered_sum(torch.where(nan | mask, 0.0, g), axis)

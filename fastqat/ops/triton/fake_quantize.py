@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastqat.ops.triton import layout, math
-from fastqat.ops.triton.launch import launch
+from fastqat.ops.triton.elementwise import map_elements
 
 
 @triton.jit
@@ -29,10 +29,4 @@ def fake_quantize_kernel(x_ptr, y_ptr, grid, shape, TILE: tl.constexpr):
 
 def fake_quantize(x, scale, zero_point, offset, qrange, axis, eps, out_dtype, y):
     """y = fake_quantize(x). x: any shape and strides; y: shape of x; the others: see fastqat.ops.schema."""
-    if x.numel() == 0:
-        return
-    x = layout.dense(x)
-    shape, tile, programs = layout.matrix_of(x, axis, layout.WIDTH)
-    grid = layout.grid_of(scale, zero_point, offset, qrange, eps)
-    with layout.writing(y, x) as y:
-        launch(fake_quantize_kernel, programs, x, y, grid, shape, TILE=tile)
+    map_elements(fake_quantize_kernel, x, scale, zero_point, offset, qrange, axis, eps, y)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastqat.ops.triton import layout, math
-from fastqat.ops.triton.launch import launch
+from fastqat.ops.triton.elementwise import map_elements
 
 
 @triton.jit
@@ -40,22 +40,11 @@ def dequantize_kernel(codes_ptr, y_ptr, grid, shape, TILE: tl.constexpr):
     layout.store_float(y_ptr + at, math.dequantize(code, ch, grid.offset is not None), mask)
 
 
-def _map(kernel, x, scale, zero_point, offset, qrange, axis, eps, y):
-    """y = kernel(x), element by element. x: any shape and strides; y: shape of x."""
-    if x.numel() == 0:
-        return
-    x = layout.dense(x)
-    shape, tile, programs = layout.matrix_of(x, axis, layout.WIDTH)
-    grid = layout.grid_of(scale, zero_point, offset, qrange, eps)
-    with layout.writing(y, x) as y:
-        launch(kernel, programs, x, y, grid, shape, TILE=tile)
-
-
 def quantize(x, scale, zero_point, offset, qrange, axis, eps, dtype, codes):
     """codes = quantize(x). x, codes: one shape, any strides; the others: see fastqat.ops.schema."""
-    _map(quantize_kernel, x, scale, zero_point, offset, qrange, axis, eps, codes)
+    map_elements(quantize_kernel, x, scale, zero_point, offset, qrange, axis, eps, codes)
 
 
 def dequantize(codes, scale, zero_point, offset, qrange, axis, eps, dtype, y):
     """y = dequantize(codes). codes, y: one shape, any strides; the others: see fastqat.ops.schema."""
-    _map(dequantize_kernel, codes, scale, zero_point, offset, qrange, axis, eps, y)
+    map_elements(dequantize_kernel, codes, scale, zero_point, offset, qrange, axis, eps, y)
