@@ -143,7 +143,8 @@ FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& 
   float nearest = clamp(tested, ch.low, ch.high);
   bool inside = nearest == tested;
   float lev = kRounded ? nearest : clamp(round_even(r), ch.low, ch.high);
-  float passed = inside ? t : 0.0f;
+  // t inside, else 0; as a mask of bits, since g++ computes both sides of what follows a conditional
+  float passed = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, t) & (inside ? 0xffffffffu : 0u));
   float slope = kPath == Path::divide
                     ? static_cast<float>((lev - static_cast<double>(passed) / static_cast<double>(ch.scale)) *
                                          grad_scale_divisor(ch))

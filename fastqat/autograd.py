@@ -39,7 +39,17 @@ def _viewed_as(y: Tensor, like: Tensor, axis: int) -> Tensor:
 
 def flat(p: Any) -> Any:
     """A parameter of the grid as one value per row or channel."""
-    return None if p is None else p.reshape(-1)
+    return p if p is None or p.dim() == 1 else p.reshape(-1)
+
+
+def needs_grad(x: Tensor, scale: Tensor, zero_point: Tensor | None, offset: Tensor | None) -> bool:
+    """True if any of them requires a gradient."""
+    return (
+        x.requires_grad
+        or scale.requires_grad
+        or (zero_point is not None and zero_point.requires_grad)
+        or (offset is not None and offset.requires_grad)
+    )
 
 
 def _vmap_fold(x: Tensor, batch: int, dim: int | None, axis: int | None) -> Tensor:
@@ -218,7 +228,7 @@ def apply_fake_quantize(
     arguments = (x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, out_dtype)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _FakeQuantize.apply(*arguments)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
+    if torch.is_grad_enabled() and needs_grad(x, scale, zero_point, offset):
         return _apply_plainly(_FakeQuantize, arguments)
     return _FakeQuantize.forward(*arguments)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastqat.autograd import apply_fake_quantize, as_rows, flat, from_rows
+from fastqat.autograd import apply_fake_quantize, as_rows, flat, from_rows, needs_grad
 from fastqat.ops import checks
 
 _ops = torch.ops.fastqat
@@ -23,16 +23,17 @@ _ops = torch.ops.fastqat
 SMALLEST_SCALE = 2.0**-126
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)  # typed: True is not 1
 @torch.inference_mode(False)  # autograd cannot save a tensor that inference made
 def _cached_qrange(qmin: int, qmax: int, device: torch.device) -> Tensor:
+    checks.code_range(qmin, qmax)
     return torch.tensor([qmin, qmax], dtype=torch.int32, device=device)
 
 
 def qrange_tensor(qmin: int, qmax: int, device: torch.device) -> Tensor:
     """qmin and qmax as the int32 tensor [2] that the ops take; one per device, made once."""
-    checks.code_range(qmin, qmax)
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # a fake or traced tensor must not be kept
+        checks.code_range(qmin, qmax)
         return torch.tensor([qmin, qmax], dtype=torch.int32, device=device)
     return _cached_qrange(qmin, qmax, device)
 
@@ -181,7 +182,7 @@ def _into(
     """Run the out form of an op on a grid, and return out."""
     if out.shape != x.shape or out.device != x.device:
         checks.fail(ValueError, "out", f"shape {list(x.shape)} on {x.device}", f"{list(out.shape)} on {out.device}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, zero_point, offset)):
+    if torch.is_grad_enabled() and needs_grad(x, scale, zero_point, offset):
         checks.fail(ValueError, "out", "no argument that requires a gradient (use torch.no_grad())", "one that does")
     rows, row_axis = as_rows(x, axis, group_size)
     out_rows, _ = as_rows(out, axis, group_size)

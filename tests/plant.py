@@ -85,9 +85,9 @@ PLANTS = (
         ("csrc/cpu/fake_quantize.cpp", "i < n; ++i) y[i] =", "i < n - n % 16; ++i) y[i] ="),
     ),
     plant(
-        "cpu: tail of a sum not cleared",
+        "cpu: dropped tail of a sum",
         CPU_VALUES,
-        (REDUCE, "i < padded; ++i) terms[i] = Op::kIdentity", "i < n; ++i)"),
+        (REDUCE, "for (int64_t i = whole; i < n; ++i) merge", "for (int64_t i = whole; i < n - 1; ++i) merge"),
     ),
     plant(
         "cpu: mask off by one code",

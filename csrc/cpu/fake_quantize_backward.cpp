@@ -7,16 +7,14 @@
 namespace fastqat::cpu {
 namespace {
 
-// kTerms: 0 for dx alone, 1 with the terms of ds, 2 with those of the shift. dx, terms[q]: [n]
+// kTerms: 0 for dx alone, 1 with the sum of ds, 2 with that of the shift. dx: [n]; sums: see reduce_span
 template <int kTerms, bool kRounded, Path kPath, bool kOffset, class Channels>
-FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, float* __restrict scale_terms,
-                         float* __restrict outside_terms, int64_t n, Channels channels) {
-  for (int64_t i = 0; i < n; ++i) {
+FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, float* const* sums, int64_t n, Channels channels) {
+  reduce_span<Sum, kTerms, Channels::kRow>(n, sums, [&](int64_t i) __attribute__((always_inline)) {
     Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded>(g[i], x[i], channels[i]);
     dx[i] = d.dx;
-    if (kTerms > 0) scale_terms[i] = d.scale;
-    if (kTerms > 1) outside_terms[i] = d.outside;
-  }
+    return std::array<float, 2>{d.scale, d.outside};
+  });
 }
 
 template <int kTerms, bool kRounded, bool kOffset, class Channels>
@@ -33,8 +31,7 @@ struct Backward {
   bool offset_grid, rounded_mask;
 
   template <int kTerms, class Channels>
-  void span(int64_t offset, int64_t n, const Channels& channels, bool careful, float* scale_terms,
-            float* outside_terms) const {
+  void span(int64_t offset, int64_t n, const Channels& channels, bool careful, float* const* sums) const {
     float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock];
     const float* from_g = g.block(offset, n, buffer_g);
     const float* from_x = x.block(offset, n, buffer_x);
@@ -43,15 +40,15 @@ struct Backward {
     auto kernel = rounded_mask
                       ? (offset_grid ? pick<kTerms, true, true, Channels> : pick<kTerms, true, false, Channels>)
                       : (offset_grid ? pick<kTerms, false, true, Channels> : pick<kTerms, false, false, Channels>);
-    kernel(path)(from_g, from_x, to, scale_terms, outside_terms, n, channels);
+    kernel(path)(from_g, from_x, to, sums, n, channels);
     dx.commit(offset, n, to);
   }
 
   template <int kTerms>
   std::vector<std::array<double, kTerms>> sums(const Layout& layout, const Grid& grid) const {
     return reduce_channels<Sum, kTerms>(layout, grid,
-                                        [&](int64_t offset, int64_t n, auto channels, bool careful, auto& terms) {
-                                          span<kTerms>(offset, n, channels, careful, terms[0], terms[kTerms - 1]);
+                                        [&](int64_t offset, int64_t n, auto channels, bool careful, auto reduced) {
+                                          span<kTerms>(offset, n, channels, careful, reduced);
                                         });
   }
 };
@@ -89,7 +86,7 @@ void run_input(const Tensor& g, const Tensor& x, const Grid& grid, std::optional
   Cut cut(layout_of(x, axis));
   parallel(cut, [&](int64_t p) {
     spans_of_piece(cut, grid, p, kBlock, [&](int64_t offset, int64_t n, auto channels) {
-      backward.span<0>(offset, n, channels, false, nullptr, nullptr);
+      backward.span<0>(offset, n, channels, false, nullptr);
     });
   });
 }

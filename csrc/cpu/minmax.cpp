@@ -7,13 +7,13 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Both extremes as maxima: of -x and of x. negated, plain: [n]
-FASTQAT_CLONES void loop(const float* x, float* __restrict negated, float* __restrict plain, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
+// Both extremes as maxima: of -x and of x.
+template <class Channels>
+FASTQAT_CLONES void loop(const float* x, float* const* maxima, int64_t n) {
+  reduce_span<Max, 2, Channels::kRow>(n, maxima, [&](int64_t i) __attribute__((always_inline)) {
     bool finite = __builtin_fabsf(x[i]) < kInfinity;
-    negated[i] = finite ? -x[i] : -kInfinity;
-    plain[i] = finite ? x[i] : -kInfinity;
-  }
+    return std::array<float, 2>{finite ? -x[i] : -kInfinity, finite ? x[i] : -kInfinity};
+  });
 }
 
 }  // namespace
@@ -23,9 +23,9 @@ void minmax_out(Tensor x, std::optional<int64_t> axis, Tensor low, Tensor high) 
   Input in(x);
   Layout layout = layout_of(x, axis);
   auto extremes =
-      reduce_channels<Max, 2>(layout, Grid::none(), [&](int64_t offset, int64_t n, auto, bool, auto& terms) {
+      reduce_channels<Max, 2>(layout, Grid::none(), [&](int64_t offset, int64_t n, auto channels, bool, auto reduced) {
         float buffer[kBlock];
-        loop(in.block(offset, n, buffer), terms[0], terms[1], n);
+        loop<decltype(channels)>(in.block(offset, n, buffer), reduced, n);
       });
   for (size_t c = 0; c < extremes.size(); ++c) {
     low.mutable_data_ptr<float>()[c] = static_cast<float>(-extremes[c][0]);

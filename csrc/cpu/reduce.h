@@ -1,6 +1,6 @@
 // Reductions over the elements of each channel in an order that depends on the tensor alone.
 //
-// A span writes its terms into buffers; they are reduced lane by lane in float32 for a few additions, then in float64:
+// A kernel loop merges terms lane by lane in float32 over one block; blocks are merged in float64, in memory order. So
 // the bits of the result are the same for any number of threads and any instruction set.
 #pragma once
 
@@ -12,7 +12,6 @@
 namespace fastqat::cpu {
 
 constexpr int kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
 struct Sum {
   static constexpr float kIdentity = 0.0f;
@@ -30,43 +29,47 @@ struct Max {
   }
 };
 
-// Reduces terms [kBlock], of which n are set, to one float32 per lane: kAccumulators vectors of lanes, each of at most
-// kBlock / kLanes / kAccumulators additions, then a tree over them. Returns false if a lane is NaN.
-constexpr int kAccumulators = 8;
-static_assert(kBlock % (kLanes * kAccumulators) == 0);
-
-template <class Op>
-FASTQAT_CLONES bool reduce_block(float* terms, int64_t n, float* lanes) {
-  constexpr int64_t kStride = kLanes * kAccumulators;
-  int64_t padded = (n + kStride - 1) / kStride * kStride;
-  for (int64_t i = n; i < padded; ++i) terms[i] = Op::kIdentity;
-  Lanes acc[kAccumulators];
-  std::memcpy(acc, terms, sizeof(acc));
-  for (int64_t i = kStride; i < padded; i += kStride)
-    for (int a = 0; a < kAccumulators; ++a) {
-      Lanes v;
-      std::memcpy(&v, terms + i + a * kLanes, sizeof(v));
-      acc[a] = Op::merge(acc[a], v);
+// Reduces the terms of n elements, terms_of(i) = array of kTerms, to reduced[q]: of a row one float32 per lane, each of
+// n / kLanes additions at most; of columns, the term of each. For use in a kernel loop: terms_of may store results.
+template <class Op, int kTerms, bool kRow, class TermsOf>
+inline __attribute__((always_inline)) void reduce_span(int64_t n, float* const* reduced, const TermsOf& terms_of) {
+  if (!kRow) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      auto terms = terms_of(i);
+      for (int q = 0; q < kTerms; ++q) reduced[q][i] = terms[q];
     }
-  for (int width = kAccumulators / 2; width > 0; width /= 2)
-    for (int a = 0; a < width; ++a) acc[a] = Op::merge(acc[a], acc[a + width]);
-  bool numbers = true;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    lanes[lane] = acc[0][lane];
-    numbers = numbers & (lanes[lane] == lanes[lane]);
+    return;
   }
+  float lanes[std::max(kTerms, 1)][kLanes];
+  for (int q = 0; q < kTerms; ++q) std::fill_n(lanes[q], kLanes, Op::kIdentity);
+  auto merge = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
+    auto terms = terms_of(i);
+    for (int q = 0; q < kTerms; ++q) lanes[q][lane] = Op::merge(lanes[q][lane], terms[q]);
+  };
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+#pragma GCC ivdep
+    for (int64_t lane = 0; lane < kLanes; ++lane) merge(i + lane, lane);
+  for (int64_t i = whole; i < n; ++i) merge(i, i - whole);
+  for (int q = 0; q < kTerms; ++q) std::copy_n(lanes[q], kLanes, reduced[q]);
+}
+
+inline bool all_numbers(const float* lanes) {
+  bool numbers = true;
+  for (int lane = 0; lane < kLanes; ++lane) numbers = numbers & (lanes[lane] == lanes[lane]);
   return numbers;
 }
 
-// into[i] = merge(into[i], terms[i]) for i in [0, n).
-template <class Op, class T>
-FASTQAT_CLONES void merge_columns(const float* terms, T* into, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) into[i] = Op::merge(into[i], static_cast<T>(terms[i]));
+// into[i] = merge(into[i], from[i]) for i in [0, n).
+template <class Op>
+FASTQAT_CLONES void merge_into(const float* from, double* into, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) into[i] = Op::merge(into[i], static_cast<double>(from[i]));
 }
 
-// Reduces kTerms quantities per channel. f(offset, n, channels, careful, terms) fills terms[q][0..n) for one span. In
-// rows it is called with careful = false first, and again with true where a sum of the span is NaN: a quick f may give
-// NaN for what it cannot do. Result: float64 [channels][kTerms].
+// Reduces kTerms quantities per channel. f(offset, n, channels, careful, reduced) calls reduce_span for one span. In
+// rows careful is false first, and true in a second call where a lane is NaN: a quick f may give NaN for what it cannot
+// do. Result: float64 [channels][kTerms].
 template <class Op, int kTerms, class F>
 std::vector<std::array<double, kTerms>> reduce_channels(const Layout& layout, const Grid& grid, const F& f) {
   using Terms = std::array<double, kTerms>;
@@ -76,23 +79,20 @@ std::vector<std::array<double, kTerms>> reduce_channels(const Layout& layout, co
   int64_t width = cut.by_rows ? 1 : std::min(kBlock, cut.length);  // results of a piece
   std::vector<Terms> partial(cut.layout.numel() ? cut.pieces * width : 0, identity);
   parallel(cut, [&](int64_t p) {
-    alignas(64) float terms[kTerms][kBlock];
+    float buffer[kTerms][kBlock];
     double merged[kTerms][kBlock];  // one float64 per lane of a row, or per column
+    float* reduced[kTerms];
     int64_t count = cut.by_rows ? kLanes : width;
-    for (int q = 0; q < kTerms; ++q) std::fill_n(merged[q], count, static_cast<double>(Op::kIdentity));
+    for (int q = 0; q < kTerms; ++q) {
+      reduced[q] = buffer[q];
+      std::fill_n(merged[q], count, static_cast<double>(Op::kIdentity));
+    }
     spans_of_piece(cut, grid, p, kBlock, [&](int64_t offset, int64_t n, auto channels) {
-      float lanes[kTerms][kLanes];
+      f(offset, n, channels, !cut.by_rows, reduced);
       bool numbers = true;
-      f(offset, n, channels, !cut.by_rows, terms);
-      if (cut.by_rows) {
-        for (int q = 0; q < kTerms; ++q) numbers = reduce_block<Op>(terms[q], n, lanes[q]) && numbers;
-        if (!numbers) {
-          f(offset, n, channels, true, terms);
-          for (int q = 0; q < kTerms; ++q) reduce_block<Op>(terms[q], n, lanes[q]);
-        }
-      }
-      for (int q = 0; q < kTerms; ++q)
-        merge_columns<Op>(cut.by_rows ? lanes[q] : terms[q], merged[q], cut.by_rows ? kLanes : n);
+      for (int q = 0; q < kTerms && cut.by_rows; ++q) numbers = all_numbers(reduced[q]) && numbers;
+      if (!numbers) f(offset, n, channels, true, reduced);
+      for (int q = 0; q < kTerms; ++q) merge_into<Op>(reduced[q], merged[q], cut.by_rows ? kLanes : n);
     });
     for (int q = 0; q < kTerms; ++q)
       for (int64_t i = 0; i < count; ++i) {

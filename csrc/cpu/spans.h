@@ -18,6 +18,7 @@ constexpr int64_t kGrain = 16384;      // elements that are worth a thread
 
 // The same channel for every element of a span.
 struct Uniform {
+  static constexpr bool kRow = true;
   Channel ch;
   bool fast;
   Channel operator[](int64_t) const { return ch; }
@@ -25,6 +26,7 @@ struct Uniform {
 
 // One channel per element of a span, as arrays. scale, ...: [kBlock]
 struct Columns {
+  static constexpr bool kRow = false;
   const float *scale, *reciprocal, *low, *high, *shift, *below, *above;
   bool fast;
   inline __attribute__((always_inline)) Channel operator[](int64_t i) const {
@@ -83,10 +85,11 @@ void parallel(const Cut& cut, const F& piece) {
 // f(offset, n, channels) for every span of piece p, in order; n <= longest, channels is Uniform or Columns.
 template <class F>
 void spans_of_piece(const Cut& cut, const Grid& grid, int64_t p, int64_t longest, const F& f) {
-  int64_t row = p / cut.per_row, start = p % cut.per_row * cut.step();
+  // Divisions only where they are needed; three of them for each of 512 rows of 72 elements were 2 us of 14.
+  int64_t row = cut.per_row == 1 ? p : p / cut.per_row, start = (p - row * cut.per_row) * cut.step();
   int64_t stop = std::min(start + cut.step(), cut.length);
   if (cut.by_rows) {
-    Channel ch = grid.channel(row % cut.layout.channels);
+    Channel ch = grid.channel(row < cut.layout.channels ? row : row % cut.layout.channels);
     Uniform uniform{ch, is_fast_scale(ch.scale)};
     for (int64_t i = start; i < stop; i += longest) f(row * cut.length + i, std::min(longest, stop - i), uniform);
   } else {
