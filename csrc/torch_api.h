@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -29,17 +30,25 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Uninitialized tensor with the sizes and strides of a dense tensor.
-inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
+// Uninitialized tensor. Not torch::stable::empty: that goes through the dispatcher.
+inline Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(t.dim(), t.sizes().data(), t.strides().data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) { return torch::stable::empty(sizes, dtype); }
+// With the sizes and strides of a dense tensor.
+inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
+  return empty_strided(t.dim(), t.sizes().data(), t.strides().data(), dtype);
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
+}
 
 // The tensor itself where it is dense, else a copy with the strides that empty_like(preserve_format) gives.
 inline Tensor dense(const Tensor& t) { return is_dense(t) ? t : torch::stable::clone(t); }
