@@ -6,8 +6,9 @@ A mistake of the user ends with one message on stderr and exit code 2, and nothi
 from __future__ import annotations
 
 import argparse
-import math
 import platform
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 
 import fastqat
-from fastqat.models import MODELS
-from fastqat.ranges import ESTIMATORS
-from fastqat.train.config import RECIPES, Config, make_config
+from fastqat.train.config import OPTIONS, make_config, recipes
+from fastqat.train.interrupt import Interrupted
+from fastqat.train.options import GROUPS, Option
 
 USER_ERROR = 2
 FAILED = 1
-INTERRUPTED = 130
+KILLED = 128  # plus the number of the signal
+METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH", tuple: "X", dict: "NAME=VALUE"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``fastqat``; None takes those of the process.
 
     Returns:
-        the exit code: 0, 1 when the work failed, 2 when the user has to change something.
+        the exit code: 0, 1 when the work failed, 2 when the user has to change something, 128 + number of the signal
+        that stopped it.
 
     Raises:
         SystemExit: with code 2 for an unknown option or a bad value, with 0 after ``--help``.
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(options)
     except KeyboardInterrupt:
         print("fastqat: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return KILLED + signal.SIGINT
 
 
 def status(options: dict[str, Any]) -> int:
@@ -58,49 +61,41 @@ def status(options: dict[str, Any]) -> int:
 
 
 def train(options: dict[str, Any]) -> int:
-    """Train, quantize and train quantized, as the options say."""
+    """Train, quantize and train quantized, as the options say; or go on with a run."""
+    resume: Path | None = options.pop("resume", None)
     try:
+        from fastqat.train.run_folder import read_folder
         from fastqat.train.trainer import Trainer
 
-        trainer = Trainer(make_config(options))
+        trainer = Trainer(read_folder(resume, options) if resume else make_config(options), resume)
     except (ValueError, OSError, ImportError) as error:
         print(f"fastqat train: error: {error}", file=sys.stderr)
         return USER_ERROR
-    print(f"{trainer.title}, on {trainer.device}, backend {fastqat.current_backend(trainer.device.type)}")
+    folder = trainer.folder.path
+    go_on = f"go on with: fastqat train --resume {shlex.quote(str(folder))}"
+    say = print if trainer.processes.main else lambda *_, **__: None
+    say(f"{trainer.title}, on {trainer.device}, backend {fastqat.current_backend(trainer.device.type)}", flush=True)
+    if resume:
+        at = trainer.state.position
+        say(f"goes on with {folder}: {at.phase}, after {at.epoch} epochs and {at.batch} batches", flush=True)
     try:
         trainer.run()
-    except (FloatingPointError, OSError) as error:
-        print(f"fastqat train: {error}; what there is so far is in {trainer.folder.path}", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        say(f"fastqat train: stopped by {signal.Signals(number).name}; {go_on}", file=sys.stderr)
+        if isinstance(stop, Interrupted):
+            trainer.processes.meet()  # torchrun ends all of them as soon as one is gone
+        return KILLED + number
+    except FloatingPointError as error:
+        say(f"fastqat train: {error}; what there is so far is in {folder}", file=sys.stderr)
         return FAILED
-    print(f"metrics, curves and weights are in {trainer.folder.path}")
+    except OSError as error:
+        say(f"fastqat train: {error}; what was saved is in {folder}; when there is room, {go_on}", file=sys.stderr)
+        return FAILED
+    finally:
+        trainer.close()
+    say(f"metrics, curves and weights are in {folder}")
     return 0
-
-
-def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    """Make an argparse type: an integer from low to high."""
-    wanted = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = low - 1
-        if number < low or (high is not None and number > high):
-            raise argparse.ArgumentTypeError(f"wanted {wanted}; got {text!r}")
-        return number
-
-    return parse
-
-
-def _number(text: str) -> float:
-    """Parse a finite number that is not negative."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"wanted a number of at least 0; got {text!r}")
-    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,48 +113,49 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
     """Add one option per field of Config. What is not given stays out of the result: its default is the recipe's."""
+    sources = parser.add_argument_group("where options come from")
+    known = ", ".join(recipes())
+    text = f"YAML file of options, or one of {known}; options given here win (default: that of the data, if any)"
+    sources.add_argument("--recipe", help=text, metavar="FILE")
+    sources.add_argument("--resume", help="go on with the run in this folder", type=Path, metavar="DIR")
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for name, each in OPTIONS.items():
+        how: dict[str, Any] = {"help": _help(each)}
+        if each.kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how |= {"type": _parse(each), "metavar": METAVARS[each.kind]}
+        if each.kind in (tuple, dict):
+            how |= {"nargs": "+", "action": _Collect, "collect": each.kind}
+        groups[each.group].add_argument(f"--{name.replace('_', '-')}", **how)
 
-    def add(group: argparse._ArgumentGroup, name: str, text: str, absent: str = "none", **how: Any) -> None:
-        field = name.replace("-", "_")
-        defaults = {data: recipe.get(field, getattr(Config, field)) for data, recipe in RECIPES.items()}
-        if len(set(defaults.values())) > 1:
-            text += f" (default: {', '.join(f'{value or absent} for {data}' for data, value in defaults.items())})"
-        elif defaults["digits"] is not None:
-            text += f" (default: {defaults['digits']})"
-        group.add_argument(f"--{name}", help=text, **how)
 
-    task = parser.add_argument_group("what to train")
-    add(task, "data", "images: %(choices)s", choices=list(RECIPES), metavar="NAME")
-    add(task, "root", "folder of the data files; digits need none", type=Path, metavar="DIR")
-    add(task, "model", f"network: {', '.join(MODELS)}", metavar="NAME")
-    add(task, "checkpoint", "FP32 weights to start from, instead of FP32 training", type=Path, metavar="FILE")
-    add(task, "limit-train", "use only the first N training images", type=_integer(1), metavar="N")
-    add(task, "out", "folder for metrics, curves and weights (default: a new one in runs)", type=Path, metavar="DIR")
+class _Collect(argparse.Action):
+    """Collects the words of one flag into a tuple, or a dict."""
 
-    quantization = parser.add_argument_group("quantization")
-    add(quantization, "bits-weight", "bits of weights, 1..8", type=_integer(1, 8), metavar="N")
-    add(quantization, "bits-activation", "bits of activations, 1..8", type=_integer(1, 8), metavar="N")
-    add(
-        quantization,
-        "first-last-bits",
-        "bits of the first and the last layer, 0: as others",
-        type=_integer(0, 8),
-        metavar="N",
-    )
-    add(quantization, "range", "how the first ranges are chosen: %(choices)s", choices=list(ESTIMATORS), metavar="NAME")
-    add(quantization, "calibration-batches", "training batches that choose the ranges", type=_integer(1), metavar="N")
+    def __init__(self, *args: Any, collect: type, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self.collect = collect
 
-    training = parser.add_argument_group("training")
-    add(training, "epochs", "epochs of quantization-aware training", type=_integer(0), metavar="N")
-    add(training, "fp32-epochs", "epochs of FP32 training before it", type=_integer(0), metavar="N")
-    add(training, "batch-size", "images per step", type=_integer(1), metavar="N")
-    add(training, "lr", "learning rate of quantization-aware training", type=_number, metavar="X")
-    add(training, "fp32-lr", "learning rate of FP32 training", type=_number, metavar="X")
-    add(training, "quantizer-lr", "learning rate of the scales", type=_number, metavar="X")
-    add(training, "momentum", "momentum of SGD", type=_number, metavar="X")
-    add(training, "weight-decay", "weight decay; the scales have none", type=_number, metavar="X")
-    add(training, "seed", "of weights, order and augmentation", type=_integer(0, 2**63 - 1), metavar="N")
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, self.collect(values))
 
-    machine = parser.add_argument_group("machine")
-    add(machine, "device", "%(choices)s", choices=["auto", "cpu", "cuda"], metavar="NAME")
-    add(machine, "threads", "CPU threads", absent="torch's choice", type=_integer(1), metavar="N")
+
+def _help(each: Option) -> str:
+    text = each.text + (f": {', '.join(each.choices)}" if each.choices else "")
+    if each.default in (None, False) or each.default == {} or "default:" in text:
+        return text
+    default = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
+    return f"{text} (default: {default})"
+
+
+def _parse(each: Option) -> Callable[[str], Any]:
+    """Make an argparse type of an option."""
+
+    def parse(text: str) -> Any:
+        try:
+            return each.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse

@@ -51,7 +51,7 @@ def test_train_as_a_process(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("digits-digits-w3a5-")
     assert str(Path("runs") / folder.name) in result.stdout.splitlines()[-1]
-    config = json.loads((folder / "config.json").read_text())
+    config = extras.import_extra("yaml").safe_load((folder / "config.yaml").read_text())
     assert (config["bits_weight"], config["bits_activation"], config["epochs"]) == (3, 5, 1)
     phases = [json.loads(line)["phase"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert phases == ["FP32", "PTQ", "QAT"]
@@ -88,11 +88,11 @@ def test_status_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         (["--lr", "nan"], "--lr: wanted a number of at least 0; got 'nan'"),
         (["--weight-decay=-1"], "--weight-decay: wanted a number of at least 0; got '-1'"),
         (["--batch-size", "0"], "--batch-size: wanted an integer of at least 1; got '0'"),
-        (["--data", "mnist"], "--data: invalid choice: 'mnist' (choose from"),
-        (["--range", "guess"], "--range: invalid choice: 'guess' (choose from"),
+        (["--data", "mnist"], "--data: wanted one of digits, cifar10, fashion-mnist, folder; got 'mnist'"),
+        (["--range", "guess"], "--range: wanted one of minmax, running_minmax, percentile, mse; got 'guess'"),
         (["--speed", "11"], "unrecognized arguments: --speed 11"),
-        (["--model", "resnet21"], "model: wanted one of digits, resnet20; got 'resnet21'"),
-        (["--model", "resnet20"], "model resnet20: wanted images of shape (3, 32, 32); got (1, 8, 8) from data digits"),
+        (["--model", "resnet21"], "got 'resnet21'; did you mean 'resnet20'?"),
+        (["--model", "resnet20"], "model resnet20: wanted a network that turns images of shape (1, 8, 8)"),
         (["--checkpoint", "absent.pt"], "checkpoint absent.pt: wanted a file; got nothing there"),
         (["--checkpoint", "."], "checkpoint .: wanted a file; got a folder"),
         (["--data", "cifar10"], "data cifar10: wanted --root DIR"),
@@ -149,8 +149,7 @@ def test_divergence_fails_with_a_message(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_command_line_imports_no_extra() -> None:
-    check = (
-        "import sys, fastqat.cli; print([name for name in ('rich', 'matplotlib', 'sklearn') if name in sys.modules])"
-    )
+    names = ("rich", "matplotlib", "sklearn", "yaml", "safetensors", "PIL", "tensorboard")
+    check = f"import sys, fastqat.cli; fastqat.cli._parser(); print([n for n in {names} if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False, timeout=120)
     assert result.stdout.strip() == "[]", result.stderr

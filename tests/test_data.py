@@ -1,7 +1,9 @@
-"""Data sets: what is loaded, what is refused, and how batches are made."""
+"""Data sets from files that stay in memory: what is loaded, and what is refused."""
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,11 +36,6 @@ def cifar(tmp_path: Path) -> Path:
     for i, name in enumerate(NAMES):
         (folder / name).write_bytes(b"".join(record((i + j) % 10, 10 * i, 10 * i + j, 7) for j in range(RECORDS)))
     return tmp_path
-
-
-def image_ramp(n: int, channels: int, height: int, width: int) -> torch.Tensor:
-    """Images whose pixels are all different and none black."""
-    return torch.arange(1, n * channels * height * width + 1).view(n, channels, height, width)
 
 
 def test_cifar_layout(cifar: Path) -> None:
@@ -100,8 +97,14 @@ def test_cifar_needs_root() -> None:
         data.load("cifar10")
 
 
+def test_images_have_one_size() -> None:
+    assert data.load("digits", image_size=8).image_shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="image_size: wanted none, or 8 as the images of digits have; got 32"):
+        data.load("digits", image_size=32)
+
+
 def test_unknown_data() -> None:
-    with pytest.raises(ValueError, match="wanted one of digits, cifar10; got 'imagenet'"):
+    with pytest.raises(ValueError, match="wanted one of digits, cifar10, fashion-mnist, folder; got 'imagenet'"):
         data.load("imagenet")
 
 
@@ -116,62 +119,96 @@ def test_digits_split_is_fixed_and_complete() -> None:
     assert torch.bincount(torch.cat([digits.train.labels, digits.test.labels])).tolist() == [
         178, 182, 177, 183, 181, 182, 181, 179, 174, 180,
     ]  # fmt: skip
-    normalised = digits.normalise(digits.train.images)
+    normalised = torch.cat([images for images, _ in digits.train_batches(1297, seed=0, epoch=0)])
+    assert digits.num_classes == 10 and digits.image_shape == (1, 8, 8) and digits.classes[3] == "3"
     assert abs(normalised.mean()) < 0.02 and abs(normalised.std() - 1) < 0.02
 
 
-def test_an_epoch_visits_every_image_once() -> None:
-    images = image_ramp(10, 1, 1, 1).to(torch.uint8)
-    dataset = data.Dataset(
-        data.Split(images, images.view(-1).long()), data.Split(images, images.view(-1).long()), 11, (0.0,), (1.0,)
-    )
-    batches = list(dataset.train_batches(4, torch.Generator().manual_seed(0)))
-    assert [len(labels) for _, labels in batches] == [4, 4, 2]
-    order = torch.cat([labels for _, labels in batches])
-    assert order.tolist() != list(range(1, 11)) and order.sort().values.tolist() == list(range(1, 11))
-    assert torch.equal(torch.cat([x for x, _ in batches]).view(-1), order.float())
-    assert [labels.tolist() for _, labels in dataset.test_batches(4)] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+FASHION = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+FASHION_COUNTS = (5, 3)
 
 
-def test_order_and_augmentation_follow_the_seed(cifar: Path) -> None:
-    loaded = data.load_cifar10(cifar, RECORDS)
-
-    def epochs(seed: int) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return [torch.cat([images for images, _ in loaded.train_batches(8, generator)]) for _ in range(2)]
-
-    first, second = epochs(5)
-    assert all(torch.equal(a, b) for a, b in zip((first, second), epochs(5), strict=True))
-    assert not torch.equal(first, second) and not torch.equal(first, epochs(6)[0])
-
-
-def test_random_crop_flip_is_a_window_of_the_padded_image() -> None:
-    n, padding = 200, 2
-    images = image_ramp(n, 2, 5, 6)
-    augmented = data.random_crop_flip(images, padding, True, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
-    seen = set()
-    for i in range(n):
-        windows = {
-            (top, left, flip): window.flip(2) if flip else window
-            for top in range(5)
-            for left in range(5)
-            for flip in (False, True)
-            for window in [padded[i, :, top : top + 5, left : left + 6]]
-        }
-        matches = [where for where, window in windows.items() if torch.equal(window, augmented[i])]
-        assert len(matches) == 1
-        seen.add(matches[0])
-    assert {s[0] for s in seen} == set(range(5)) == {s[1] for s in seen} and {s[2] for s in seen} == {False, True}
+def fashion_files() -> dict[str, bytes]:
+    """The four files of a tiny Fashion-MNIST; image i is all 10 * i but for its top right pixel, which is 255."""
+    files = {}
+    for split, count in zip(("train", "t10k"), FASHION_COUNTS, strict=True):
+        images = [bytes([10 * i] * 27 + [255] + [10 * i] * 756) for i in range(count)]
+        header = bytes([0, 0, 8, 3, 0, 0, 0, count, 0, 0, 0, 28, 0, 0, 0, 28])
+        files[f"{split}-images-idx3-ubyte"] = header + b"".join(images)
+        files[f"{split}-labels-idx1-ubyte"] = bytes([0, 0, 8, 1, 0, 0, 0, count]) + bytes(9 - i for i in range(count))
+    return files
 
 
-def test_no_augmentation_is_the_identity() -> None:
-    images = image_ramp(3, 1, 8, 8)
-    assert torch.equal(data.random_crop_flip(images, 0, False, torch.Generator()), images)
+def write_fashion(folder: Path, changed: dict[str, bytes] | None = None) -> None:
+    for name, content in (fashion_files() | (changed or {})).items():
+        (folder / name).write_bytes(content)
 
 
-def test_limit_train(cifar: Path) -> None:
-    loaded = data.load_cifar10(cifar, RECORDS)
-    limited = loaded.limit_train(7)
-    assert limited.train.labels.tolist() == [0, 1, 2, 3, 1, 2, 3] and len(limited.test) == 4
-    assert len(loaded.limit_train(1000).train) == 20
+@pytest.mark.parametrize("dotted", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_fashion_mnist_layout(tmp_path: Path, zipped: bool, dotted: bool) -> None:
+    for name, content in fashion_files().items():
+        name = name.replace("-idx", ".idx") if dotted else name
+        (tmp_path / (name + ".gz" * zipped)).write_bytes(gzip.compress(content) if zipped else content)
+    loaded = data.load_fashion_mnist(tmp_path, *FASHION_COUNTS)
+    assert loaded.train.images.shape == (5, 1, 28, 28) and loaded.test.images.shape == (3, 1, 28, 28)
+    assert loaded.train.labels.tolist() == [9, 8, 7, 6, 5] and loaded.test.labels.tolist() == [9, 8, 7]
+    assert loaded.train.images[3, 0, 0, 26:].tolist() == [30, 255] and loaded.train.images[3, 0, 27, 0] == 30
+    assert loaded.image_shape == (1, 28, 28) and loaded.classes[9] == "Ankle boot"
+    images, _ = next(loaded.test_batches(3))
+    torch.testing.assert_close(images[2, 0, 5, 5], torch.tensor((20 / 255 - 0.286) / 0.353), rtol=1e-5, atol=0)
+
+
+def test_fashion_mnist_real_size_is_the_default(tmp_path: Path) -> None:
+    write_fashion(tmp_path)
+    with pytest.raises(ValueError, match=r"wanted sizes \(60000, 28, 28\) in its header; got \(5, 28, 28\)"):
+        data.load("fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize("name", FASHION)
+def test_fashion_mnist_missing_file(tmp_path: Path, name: str) -> None:
+    write_fashion(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"wanted the file .*{name}, with or without .gz; it does not exist"):
+        data.load_fashion_mnist(tmp_path, *FASHION_COUNTS)
+
+
+TRAIN_IMAGES, TRAIN_LABELS = FASHION[:2]
+BAD_IDX: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
+    "labels as images": (
+        TRAIN_IMAGES, lambda x: fashion_files()[TRAIN_LABELS], "begins with 00000803; got 00000801"
+    ),
+    "type of elements": (TRAIN_IMAGES, lambda x: b"\0\0\x0d" + x[3:], "begins with 00000803; got 00000d03"),
+    "empty": (TRAIN_LABELS, lambda x: b"", "begins with 00000801; got nothing"),
+    "short header": (TRAIN_LABELS, lambda x: x[:6], r"wanted sizes \(5,\) in its header; got"),
+    "another count": (TRAIN_LABELS, lambda x: x[:7] + b"\4" + x[8:-1], r"sizes \(5,\) in its header; got \(4,\)"),
+    "another edge": (TRAIN_IMAGES, lambda x: x[:11] + b"\x1d" + x[12:], r"got \(5, 29, 28\)"),
+    "truncated": (TRAIN_IMAGES, lambda x: x[:-1], "wanted 3920 bytes behind its header; got 3919"),
+    "too long": (TRAIN_IMAGES, lambda x: x + b"\0", "wanted 3920 bytes behind its header; got more"),
+    "label": (TRAIN_LABELS, lambda x: x[:-2] + b"\x0a" + x[-1:], "label 3: wanted 0..9; got 10"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BAD_IDX.values(), ids=BAD_IDX)
+def test_fashion_mnist_bad_file(tmp_path: Path, name: str, change: Callable[[bytes], bytes], message: str) -> None:
+    write_fashion(tmp_path, {name: change(fashion_files()[name])})
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        data.load_fashion_mnist(tmp_path, *FASHION_COUNTS)
+
+
+BAD_GZIP: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda x: x[:-9],
+    "without its sum": lambda x: x[:-8],
+    "wrong sum": lambda x: x[:-8] + bytes([x[-8] ^ 1]) + x[-7:],
+    "damaged": lambda x: x[:20] + bytes([x[20] ^ 255]) + x[21:],
+    "not zipped": lambda x: gzip.decompress(x),
+}
+
+
+@pytest.mark.parametrize("change", BAD_GZIP.values(), ids=BAD_GZIP)
+def test_fashion_mnist_bad_gzip(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    write_fashion(tmp_path)
+    (tmp_path / TRAIN_IMAGES).unlink()
+    (tmp_path / f"{TRAIN_IMAGES}.gz").write_bytes(change(gzip.compress(fashion_files()[TRAIN_IMAGES], mtime=0)))
+    with pytest.raises(ValueError, match=f"{TRAIN_IMAGES}.gz: wanted a complete gzip file; got "):
+        data.load_fashion_mnist(tmp_path, *FASHION_COUNTS)

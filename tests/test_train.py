@@ -1,4 +1,4 @@
-"""The trainer: checkpoints, the run folder, and whole runs on a few digits."""
+"""The trainer: the run folder, and whole runs on a few digits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import fastqat
-from fastqat import models
-from fastqat.train.checkpoint import load_checkpoint
-from fastqat.train.config import Config, make_config
+from fastqat.train.config import Config
 from fastqat.train.curves import draw_curves
+from fastqat.train.extras import import_extra
 from fastqat.train.progress import Meter
-from fastqat.train.run_folder import RunFolder
-from fastqat.train.trainer import Trainer, choose_device, evaluate
+from fastqat.train.run import choose_device, evaluate
+from fastqat.train.run_folder import RunFolder, create_folder
+from fastqat.train.trainer import Trainer
 
-TINY = Config(limit_train=192, fp32_epochs=2, epochs=2, calibration_batches=2, device="cpu")
+TINY = Config(limit_train=192, fp32_epochs=2, epochs=2, calibration_batches=2, device="cpu", threads=1)
 TIMES = ("seconds", "images_per_second")
 
 
@@ -42,100 +42,42 @@ def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("nested", [False, True])
-def test_checkpoint_loads(tmp_path: Path, prefix: str, nested: bool) -> None:
-    source, target = models.build("resnet20"), models.build("resnet20")
-    # Like the public checkpoints, this one has no batch counters.
-    state = {prefix + key: value for key, value in source.state_dict().items() if "num_batches" not in key}
-    torch.save({"best_prec1": 91.7, "state_dict": state} if nested else state, tmp_path / "weights.th")
-    load_checkpoint(target, tmp_path / "weights.th")
-    assert same_state(source.state_dict(), target.state_dict())
-
-
-def test_checkpoint_of_another_model(tmp_path: Path) -> None:
-    path = tmp_path / "digits.pt"
-    torch.save(models.build("digits").state_dict(), path)
-    model = models.build("resnet20")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError) as caught:
-        load_checkpoint(model, path)
-    message = str(caught.value)
-    assert message.startswith(
-        f"checkpoint {path}: wanted the weights of ResNet; got 95 missing: conv1.weight, bn1.weight,"
-    )
-    assert "unexpected: stem.0.weight, stem.1.weight" in message
-    assert same_state(before, model.state_dict())
-
-
-DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
-    "shape": (
-        {"linear.weight": torch.zeros(7, 64)},
-        r"got 1 of another shape: linear.weight \(wanted \[10, 64\], got \[7, 64\]\)$",
-    ),
-    "missing": ({"linear.bias": None}, "got 1 missing: linear.bias$"),
-    "unexpected": ({"extra": torch.zeros(1)}, "got 1 unexpected: extra$"),
-    "no tensor": ({"epoch": 3}, "wanted a state_dict"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), DIFFERENCES.values(), ids=DIFFERENCES)
-def test_checkpoint_with_one_difference(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    state = {**models.build("resnet20").state_dict(), **change}
-    torch.save({key: value for key, value in state.items() if value is not None}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=message):
-        load_checkpoint(models.build("resnet20"), tmp_path / "weights.pt")
-
-
-@pytest.mark.parametrize("content", [b"", b"these are no weights", b"\x80\x02}q\x00.", None])
-def test_checkpoint_that_is_none(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "weights.pt"
-    torch.save(models.build("digits").state_dict(), path)
-    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
-    with pytest.raises(ValueError, match=f"checkpoint {path}: wanted"):
-        load_checkpoint(models.build("digits"), path)
-
-
-def test_checkpoint_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="absent.pt"):
-        load_checkpoint(models.build("digits"), tmp_path / "absent.pt")
-
-
 def test_run_folder_keeps_the_old_file_when_a_write_fails(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "a" / "run", TINY)
+    create_folder(tmp_path / "a" / "run", TINY, {"cpu": "some"})
+    folder = RunFolder(tmp_path / "a" / "run")
     folder.add_metrics({"loss": 1.5})
     with pytest.raises(TypeError):
         folder.add_metrics({"loss": object()})
 
     class BrokenFigure:
-        def savefig(self, file: Path, **_: Any) -> None:
-            file.write_bytes(b"half a picture")
+        def savefig(self, file: Any, **_: Any) -> None:
+            file.write(b"half a picture")
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         folder.save_figure(BrokenFigure(), "curves.png")
-    assert sorted(path.name for path in folder.path.iterdir()) == ["config.json", "metrics.jsonl"]
-    assert json.loads((folder.path / "metrics.jsonl").read_text()) == {"loss": 1.5}
-    assert json.loads((folder.path / "config.json").read_text())["limit_train"] == 192
+    names = ["config.yaml", "environment.json", "metrics.jsonl"]
+    assert sorted(path.name for path in folder.path.iterdir()) == names
+    assert json.loads((folder.path / "metrics.jsonl").read_text()) == {"loss": 1.5} == folder.rows[0]
+    assert json.loads((folder.path / "environment.json").read_text()) == {"cpu": "some"}
+    assert "limit_train: 192" in (folder.path / "config.yaml").read_text()
 
 
 def test_run_folder_takes_no_folder_that_exists(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(FileExistsError, match="does not exist yet; got .*run"):
-        RunFolder(tmp_path / "run", TINY)
-
-
-def test_recipe_gives_way_to_options() -> None:
-    assert make_config({}) == Config()
-    cifar = make_config({"data": "cifar10", "lr": 0.5})
-    assert (cifar.model, cifar.bits_weight, cifar.batch_size, cifar.lr) == ("resnet20", 4, 128, 0.5)
+        create_folder(tmp_path / "run", TINY, {})
 
 
 def test_meter() -> None:
     meter = Meter()
-    meter.add(torch.tensor(1.0), torch.tensor([[0.0, 1.0], [3.0, 2.0]]), torch.tensor([1, 1]))
+    meter.add(torch.tensor(2.0), torch.tensor([[0.0, 1.0], [3.0, 2.0]]), torch.tensor([1, 1]))
+    meter.add(torch.tensor(0.0), torch.empty(0, 2), torch.empty(0, dtype=torch.int64))
+    assert meter.state() == [2, 2.0, 1]
+    meter = Meter(meter.state())
     meter.add(torch.tensor(4.0), torch.tensor([[5.0, 1.0]]), torch.tensor([0]))
     assert meter.read() == (pytest.approx(2.0), pytest.approx(2 / 3))
+    assert meter.read(lambda sums: 2 * sums) == meter.read()
 
 
 def test_whole_run_writes_everything_and_repeats(tmp_path: Path) -> None:
@@ -153,11 +95,14 @@ def test_whole_run_writes_everything_and_repeats(tmp_path: Path) -> None:
     assert [result["phase"] for result in results] == ["FP32", "PTQ", "QAT"]
     assert first == metrics(tmp_path / "second")
     assert first != metrics(tmp_path / "other")
-    names = ["config.json", "curves.png", "fp32.pt", "metrics.jsonl", "model.pt"]
-    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == names
+    weights = ["best.safetensors", "fp32.safetensors", "model.safetensors"]
+    names = [*weights, "checkpoints", "config.yaml", "curves.png", "environment.json", "metrics.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == sorted(names)
+    assert len(list((tmp_path / "first" / "checkpoints").iterdir())) == 2
     assert (tmp_path / "first" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    weights = [torch.load(tmp_path / run / "model.pt", weights_only=True) for run in ("first", "second", "other")]
-    assert same_state(weights[0], weights[1]) and not same_state(weights[0], weights[2])
+    for name in weights:
+        first, second, other = ((tmp_path / run / name).read_bytes() for run in ("first", "second", "other"))
+        assert first == second != other
 
 
 def test_learning_rate_follows_a_cosine(tmp_path: Path) -> None:
@@ -168,12 +113,12 @@ def test_learning_rate_follows_a_cosine(tmp_path: Path) -> None:
 
 def test_checkpoint_replaces_fp32_training(tmp_path: Path) -> None:
     Trainer(replace(TINY, out=tmp_path / "first")).run()
-    checkpoint = tmp_path / "first" / "fp32.pt"
+    checkpoint = tmp_path / "first" / "fp32.safetensors"
     Trainer(replace(TINY, out=tmp_path / "second", checkpoint=checkpoint, epochs=0)).run()
     first, second = metrics(tmp_path / "first"), metrics(tmp_path / "second")
     assert [(row["phase"], row["epoch"]) for row in second] == [("FP32", 0), ("PTQ", 0)]
     assert second[0]["test_loss"] == first[1]["test_loss"]
-    assert not (tmp_path / "second" / "fp32.pt").exists()
+    assert not (tmp_path / "second" / "fp32.safetensors").exists()
 
 
 def test_fp32_training_learns(tmp_path: Path) -> None:
@@ -240,7 +185,7 @@ def test_divergence_stops_the_run(tmp_path: Path) -> None:
     trainer = Trainer(replace(TINY, out=tmp_path / "run", fp32_lr=1e30))
     with pytest.raises(FloatingPointError, match="smaller learning rate"):
         trainer.run()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "environment.json"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
@@ -268,3 +213,86 @@ def test_curves_join_the_phases() -> None:
     assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2], [3, 4]]
     bottom, top = accuracy.get_ylim()
     assert 0.3 < bottom < 0.6 and top > 0.9
+
+
+def test_pieces_are_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch in pieces, the last one short, gives the gradient of the whole, one step of time, and the same curve."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    options = {"model": "resume_networks:without_batch_norm", "limit_train": 97, "range": "minmax", "batch_size": 32}
+    trainers = []
+    for pieces in (1, 5):
+        trainers.append(Trainer(replace(TINY, **options, accumulate=pieces, out=tmp_path / str(pieces))))
+        trainers[-1].run()
+    whole, parts = (trainer.model.state_dict() for trainer in trainers)
+    steps = [key for key in whole if key.endswith("_fake_quant.step")]
+    assert steps and all(whole[key].item() == parts[key].item() == 2 * 4 for key in steps)
+    assert all(torch.allclose(whole[key], parts[key], rtol=1e-4, atol=1e-5) for key in whole)
+    for one, other in zip(metrics(tmp_path / "1"), metrics(tmp_path / "5"), strict=True):
+        assert one.pop("phase") == other.pop("phase")
+        assert one == pytest.approx(other, rel=1e-4, abs=0.003)
+
+
+def test_average_is_measured_beside_the_weights(tmp_path: Path) -> None:
+    """The best weights are the better ones of both; quantized, and of the average where that won."""
+    learning = {"limit_train": None, "fp32_epochs": 3, "epochs": 3}
+    results = Trainer(replace(TINY, out=tmp_path / "run", ema=0.95, **learning)).run()
+    assert "ema_test_accuracy" in results[0] and "ema_test_accuracy" not in results[1]
+    quantized = [row for row in metrics(tmp_path / "run") if row["phase"] != "FP32"]
+    tests = [row[key] for row in quantized for key in ("test_accuracy", "ema_test_accuracy") if key in row]
+    trainer = Trainer(replace(TINY, out=tmp_path / "other"))
+    trainer.prepare()
+    trainer.model.load_state_dict(import_extra("safetensors.torch").load_file(tmp_path / "run" / "best.safetensors"))
+    assert evaluate(trainer.model, trainer.data)[1] == max(tests) > min(tests)
+
+
+def test_label_smoothing_and_bf16(tmp_path: Path) -> None:
+    """Smoothing raises the training loss, not that of the tests; bfloat16 keeps float32 weights and scales."""
+    options = {"epochs": 1, "fp32_epochs": 1, "lr": 0.0, "fp32_lr": 0.0, "quantizer_lr": 0.0}
+    rows = {}
+    for name, change in {"plain": {}, "smooth": {"label_smoothing": 0.5}, "bf16": {"bf16": True}}.items():
+        trainer = Trainer(replace(TINY, out=tmp_path / name, **options, **change))
+        trainer.run()
+        rows[name] = metrics(tmp_path / name)[-1]
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    # With fresh weights all classes are about equally likely: smoothing moves the loss little, but it moves it.
+    assert rows["smooth"]["train_loss"] != rows["plain"]["train_loss"]
+    assert rows["smooth"]["test_loss"] == rows["plain"]["test_loss"] != rows["bf16"]["test_loss"]
+    assert rows["bf16"]["test_loss"] == pytest.approx(rows["plain"]["test_loss"], rel=0.02)
+
+
+def test_board_shows_every_row_once(tmp_path: Path) -> None:
+    """A row for each epoch, under the number of the row in the metrics; a resumed run takes back what comes again."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(TINY, out=tmp_path / "run", tensorboard=True)
+    trainer = Trainer(config)
+    trainer.train_fp32()
+    trainer.measure("QAT", 1)  # a row that no checkpoint knows
+    trainer.close()
+    trainer = Trainer(config, resume=tmp_path / "run")
+    trainer.run()
+    trainer.close()
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    seen = {(tag.split("/")[0], event.step) for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
+    rows = metrics(tmp_path / "run")
+    assert seen == {(row["phase"], number) for number, row in enumerate(rows, 1)}
+    shown = {event.step: event.value for event in board.Scalars("QAT/test_loss")}
+    assert shown == {n: pytest.approx(row["test_loss"]) for n, row in enumerate(rows, 1) if row["phase"] == "QAT"}
+
+
+def test_compiled_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both trainings run compiled, the quantized one anew; without a compiler's own arithmetic, to the same numbers."""
+    compiled: list[str] = []
+    original = torch.compile
+
+    def captured(network: torch.nn.Module) -> Any:
+        compiled.append(type(network.linear).__module__)
+        return original(network, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", captured)
+    Trainer(replace(TINY, out=tmp_path / "eager")).run()
+    assert compiled == []
+    Trainer(replace(TINY, out=tmp_path / "compiled", compile=True)).run()
+    assert len(compiled) == 2 and compiled[0].startswith("torch.") and compiled[1].startswith("fastqat.")
+    assert metrics(tmp_path / "compiled") == metrics(tmp_path / "eager")

@@ -1,82 +1,196 @@
-"""What one training run is made of: the options of ``fastqat train``, with their defaults for each data set."""
+"""What one training run is made of: the options of ``fastqat train``, which a YAML recipe names the same way."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from fastqat.ranges import ESTIMATORS
+from fastqat.train.data import DATASETS
+from fastqat.train.extras import import_extra
+from fastqat.train.options import Option, option, options_of
+
+TASK, QUANTIZATION, MACHINE = "what to train", "quantization", "machine"
 
 
 @dataclass(frozen=True)
 class Config:
     """One run: FP32 training or a checkpoint, quantization and calibration (PTQ), quantization-aware training (QAT).
 
-    The defaults here are those for the digits; :data:`RECIPES` says what differs for other data.
+    Every field says itself what it is for. The defaults are those for the digits; recipes hold what differs for other
+    data.
 
-    Args:
-        data, root: name of the data set, and the folder of its files if it has files.
-        model: name of the network.
-        checkpoint: FP32 weights to start from, instead of FP32 training.
-        bits_weight, bits_activation: 1 to 8.
-        first_last_bits: bits of the first and the last layer; 0 makes them like the others.
-        range: how calibration chooses the first scale of each quantizer.
-        calibration_batches: training batches used for that.
-        epochs, fp32_epochs: epochs of QAT and of FP32 training.
-        lr, fp32_lr: learning rates of SGD at their start; a cosine takes them to 0.
-        quantizer_lr: learning rate of Adam for the quantizers' parameters; a cosine takes it to 0.
-        batch_size: images per step.
-        momentum, weight_decay: of SGD, for all parameters of the network; the quantizers' parameters do not decay.
-        seed: of the initial weights, the order of the images and their augmentation.
-        limit_train: use only so many training images; None is all.
-        device: "auto", "cpu" or "cuda".
-        threads: CPU threads; None leaves torch's choice. The digits are too small to share: threads only wait there.
-        out: folder of the run, which must not exist; None is a new one below ``runs``.
+    Raises:
+        ValueError: a value is wrong; the message names the field, what was wanted, and what came.
     """
 
-    data: str = "digits"
-    root: Path | None = None
-    model: str = "digits"
-    checkpoint: Path | None = None
-    bits_weight: int = 3
-    bits_activation: int = 3
-    first_last_bits: int = 8
-    range: str = "mse"
-    calibration_batches: int = 8
-    epochs: int = 10
-    fp32_epochs: int = 15
-    lr: float = 0.02
-    fp32_lr: float = 0.1
-    quantizer_lr: float = 1e-5
-    batch_size: int = 64
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    seed: int = 0
-    limit_train: int | None = None
-    device: str = "auto"
-    threads: int | None = 1
-    out: Path | None = None
+    data: str = option("digits", "images", choices=tuple(DATASETS), group=TASK)
+    root: Path | None = option(None, "folder of the data files; digits need none", group=TASK, movable=True)
+    image_size: int | None = option(None, "edge of the images in pixels, for --data folder", low=1, group=TASK)
+    model: str = option("digits", "network by its name, or package.module:callable", group=TASK)
+    model_options: dict[str, Any] = option({}, "arguments of the network", group=TASK)
+    checkpoint: Path | None = option(None, "FP32 weights to start from, instead of FP32 training", group=TASK)
+    limit_train: int | None = option(None, "use only so many training images", low=1, group=TASK)
+    out: Path | None = option(None, "folder of the run (default: a new one in runs)", group=TASK)
+
+    bits_weight: int = option(3, "bits of weights, 1..8", low=1, high=8, group=QUANTIZATION)
+    bits_activation: int = option(3, "bits of activations, 1..8", low=1, high=8, group=QUANTIZATION)
+    first_last_bits: int = option(
+        8, "bits of the first and the last layer, 0: as others", low=0, high=8, group=QUANTIZATION
+    )
+    range: str = option("mse", "how the first ranges are chosen", choices=tuple(ESTIMATORS), group=QUANTIZATION)
+    calibration_batches: int = option(8, "training batches that choose the ranges", low=1, group=QUANTIZATION)
+
+    epochs: int = option(10, "epochs of quantization-aware training", low=0)
+    fp32_epochs: int = option(15, "epochs of FP32 training before it", low=0)
+    batch_size: int = option(64, "images per step, of all processes together", low=1)
+    accumulate: int = option(1, "pieces that a batch is computed in, one after the other, to save memory", low=1)
+    optimizer: str = option("sgd", "of the network's weights", choices=("sgd", "adamw"))
+    lr: float = option(0.02, "learning rate of quantization-aware training", low=0)
+    fp32_lr: float = option(0.1, "learning rate of FP32 training", low=0)
+    quantizer_lr: float = option(1e-5, "learning rate of Adam for the scales", low=0)
+    momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = option(1e-4, "weight decay; the scales have none", low=0)
+    schedule: str = option("cosine", "of all learning rates", choices=("cosine", "step", "constant"))
+    step_at: tuple[float, ...] = option((0.5, 0.75), "parts of a phase after which steps go down", low=0, high=1)
+    step_factor: float = option(0.1, "factor of such a step", low=0)
+    warmup_epochs: float = option(0.0, "epochs in which the rates rise, of quantization-aware training", low=0)
+    fp32_warmup_epochs: float = option(0.0, "the same of FP32 training", low=0)
+    label_smoothing: float = option(0.0, "part of each label that is spread over all classes", low=0, high=1)
+    clip_norm: float = option(0.0, "largest norm of the gradient of the network's weights; 0 clips none", low=0)
+    ema: float = option(0.0, "decay per step of averaged weights, which are tested too; 0 averages none", low=0, high=1)
+    seed: int = option(0, "of weights, order and augmentation", low=0, high=2**63 - 1)
+
+    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"), group=MACHINE, movable=True)
+    threads: int | None = option(None, "CPU threads (default: torch's choice)", low=1, group=MACHINE, movable=True)
+    workers: int = option(0, "processes that read and decode images", low=0, group=MACHINE, movable=True)
+    bf16: bool = option(False, "compute in bfloat16 where autocast says so", group=MACHINE)
+    compile: bool = option(False, "compile the training step with torch.compile", group=MACHINE)
+    save_seconds: float = option(
+        300.0, "seconds between checkpoints within an epoch", low=0, group=MACHINE, movable=True
+    )
+    save_steps: int | None = option(None, "steps between them, besides", low=1, group=MACHINE, movable=True)
+    tensorboard: bool = option(False, "write the metrics for TensorBoard too", group=MACHINE, movable=True)
+
+    def __post_init__(self) -> None:
+        for name, each in OPTIONS.items():
+            try:
+                object.__setattr__(self, name, each.accept(getattr(self, name)))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        for prefix in ("", "fp32_"):
+            warmup, epochs = getattr(self, f"{prefix}warmup_epochs"), getattr(self, f"{prefix}epochs")
+            if epochs and warmup > epochs:
+                raise ValueError(f"{prefix}warmup_epochs: wanted at most {epochs}, all of the epochs; got {warmup}")
+
+    def plain(self) -> dict[str, Any]:
+        """Return the options as YAML and JSON can hold them."""
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: _plain(value) for key, value in kept.items()}
 
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {},
-    "cifar10": {
-        "model": "resnet20",
-        "bits_weight": 4,
-        "bits_activation": 4,
-        "epochs": 1,
-        "fp32_epochs": 160,
-        "lr": 0.01,
-        "batch_size": 128,
-        "threads": None,
-    },
-}
+OPTIONS: dict[str, Option] = options_of(Config)
 
 
 def make_config(given: dict[str, Any]) -> Config:
-    """Complete the options that were given by the recipe of their data set.
+    """Complete the options that were given by a recipe.
 
     Args:
-        given: fields of :class:`Config`; those left out take the recipe's value.
+        given: fields of :class:`Config`, and "recipe": a file, or the name of one in :func:`recipes`. Without it the
+            recipe is that of the data set's name, if there is one.
+
+    Raises:
+        ValueError: an option or the recipe is wrong.
+        FileNotFoundError: there is no such recipe.
     """
-    recipe = RECIPES.get(given.get("data", Config.data), {})
-    return Config(**{**recipe, **given})
+    given = dict(given)
+    recipe = given.pop("recipe", None)
+    if recipe is None:
+        data = str(given.get("data", Config.data))
+        recipe = data if data in recipes() else None
+    return Config(**{**(read_recipe(str(recipe)) if recipe else {}), **given})
+
+
+def recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = resources.files("fastqat.train") / "recipes"
+    return sorted(each.name.removesuffix(".yaml") for each in folder.iterdir() if each.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Read the options of a YAML file.
+
+    Args:
+        name: of a recipe in :func:`recipes`, or the path of a file.
+
+    Raises:
+        ValueError: it is no mapping, or has an unknown key or a wrong value; the message names it.
+        FileNotFoundError: there is neither.
+        ImportError: PyYAML is not installed.
+    """
+    if name in recipes():
+        text = (resources.files("fastqat.train") / "recipes" / f"{name}.yaml").read_text()
+    elif Path(name).is_file():
+        text = read_text(Path(name))
+    else:
+        raise FileNotFoundError(f"recipe {name}: wanted a file, or one of {', '.join(recipes())}; got neither")
+    return parse_options(text, f"recipe {name}")
+
+
+def parse_options(text: str, source: str) -> dict[str, Any]:
+    """Check the options of a YAML text.
+
+    Args:
+        text: a mapping of names of options to values.
+        source: of the text, for messages.
+
+    Raises:
+        ValueError: it is no mapping, or has an unknown key or a wrong value; the message names it.
+        ImportError: PyYAML is not installed.
+    """
+    yaml = import_extra("yaml")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: wanted YAML; got {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: wanted options, as in 'lr: 0.01'; got {type(content).__name__}")
+    checked = {}
+    for key, value in content.items():
+        if key not in OPTIONS:
+            raise ValueError(f"{source}: {nearest(str(key), OPTIONS)}")
+        try:
+            checked[key] = OPTIONS[key].accept(value)
+        except ValueError as error:
+            raise ValueError(f"{source}: {key}: {error}") from None
+    return checked
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """Say that an option is unknown, and which known one is nearest."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def read_text(path: Path) -> str:
+    """Read a YAML file.
+
+    Raises:
+        ValueError: it is no text.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: wanted YAML in UTF-8; got {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

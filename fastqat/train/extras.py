@@ -6,11 +6,12 @@ import importlib
 from typing import Any
 
 
-def import_extra(module: str) -> Any:
-    """Import a module of the ``train`` extra.
+def import_extra(module: str, extra: str = "train") -> Any:
+    """Import a module of an extra of the package.
 
     Args:
         module: dotted name, such as ``"rich.table"``.
+        extra: the extra that installs it.
 
     Raises:
         ImportError: it cannot be imported; the message says how to install it.
@@ -18,4 +19,4 @@ def import_extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"training needs {module}: pip install 'fastqat[train]' ({error})") from error
+        raise ImportError(f"training needs {module}: pip install 'fastqat[{extra}]' ({error})") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, final
 
@@ -16,28 +18,40 @@ LINE_PERIOD = 30.0
 
 
 class Meter:
-    """Mean loss and accuracy over the batches of an epoch, summed on the device so that no step waits for it."""
+    """Mean loss and accuracy over the batches of an epoch, summed on the device so that no step waits for it.
 
-    def __init__(self) -> None:
-        self.images = 0
-        self._sums: Tensor | float = 0.0  # [2]: loss, correct
+    Args:
+        state: what :meth:`state` returned; None starts at 0.
+    """
+
+    def __init__(self, state: list[float] | None = None) -> None:
+        self._sums = torch.tensor(state or [0.0, 0.0, 0.0], dtype=torch.float64)  # [3]: images, loss, correct
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch.
 
         Args:
-            loss: float32 [], the mean over the batch.
+            loss: float32 [], the sum over the batch.
             logits: [N, classes].
             labels: int64 [N].
         """
         correct = (logits.argmax(1) == labels).sum()
-        self._sums = self._sums + torch.stack([loss.detach().double() * len(labels), correct.double()])
-        self.images += len(labels)
+        images = torch.full_like(correct, len(labels))
+        batch = torch.stack([images.double(), loss.detach().double(), correct.double()])
+        self._sums = self._sums.to(batch.device) + batch
 
-    def read(self) -> tuple[float, float]:
-        """Return the mean loss, and the accuracy in 0..1."""
-        loss, correct = (torch.as_tensor(self._sums) / self.images).tolist()
-        return loss, correct
+    def state(self) -> list[float]:
+        """Return the sums: images, loss, correct."""
+        return self._sums.tolist()
+
+    def read(self, total: Callable[[Tensor], Tensor] | None = None) -> tuple[float, float]:
+        """Return the mean loss, and the accuracy in 0..1.
+
+        Args:
+            total: adds up the sums, [3], of all processes; None takes those of this one.
+        """
+        images, loss, correct = (total(self._sums) if total else self._sums).tolist()
+        return (loss / images, correct / images) if images else (math.nan, math.nan)
 
 
 @final
@@ -48,19 +62,20 @@ class Progress:
         phase: its name.
         epochs: epochs of the phase.
         images: training images per epoch.
+        done: images that the phase has seen already, where it is resumed.
+        shows: False in the processes that leave this to another one.
     """
 
-    def __init__(self, phase: str, epochs: int, images: int) -> None:
-        self.phase, self.epochs, self.images = phase, epochs, images
-        self.console = import_extra("rich.console").Console(highlight=False)
-        self.finished_epochs = 0
+    def __init__(self, phase: str, epochs: int, images: int, done: int = 0, shows: bool = True) -> None:
+        self.phase, self.epochs, self.images, self.done = phase, epochs, images, done
+        self.console = import_extra("rich.console").Console(highlight=False, quiet=not shows)
         self.started = self.shown = time.monotonic()
-        self.bar = _make_bar(self.console) if self.console.is_terminal else None
+        self.bar = _make_bar(self.console) if self.console.is_terminal and shows else None
 
     def __enter__(self) -> Progress:
         if self.bar:
             self.bar.start()
-            self.task = self.bar.add_task(self.phase, total=self.epochs * self.images, state="")
+            self.task = self.bar.add_task(self.phase, total=self.epochs * self.images, completed=self.done, state="")
         return self
 
     def __exit__(
@@ -69,22 +84,28 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def step(self, meter: Meter) -> None:
-        """Show the state of the running epoch, if it was not shown just before."""
+    def step(self, meter: Meter, epoch: int, seen: int) -> None:
+        """Show the state of the running epoch, if it was not shown just before.
+
+        Args:
+            meter: of this process.
+            epoch: epochs finished before.
+            seen: images of this epoch that all processes have seen.
+        """
         now = time.monotonic()
         if now - self.shown < (BAR_PERIOD if self.bar else LINE_PERIOD):
             return
         self.shown = now
         loss, accuracy = meter.read()
-        done = self.finished_epochs * self.images + meter.images
-        rate = done / (now - self.started)
+        done = epoch * self.images + seen
+        rate = (done - self.done) / (now - self.started)
         state = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {rate:,.0f} images/s"
-        epoch = f"{self.phase} epoch {self.finished_epochs + 1}/{self.epochs}"
+        title = f"{self.phase} epoch {epoch + 1}/{self.epochs}"
         if self.bar:
-            self.bar.update(self.task, completed=done, description=epoch, state=state)
+            self.bar.update(self.task, completed=done, description=title, state=state)
         else:
             left = (self.epochs * self.images - done) / rate
-            self.console.print(f"{epoch}  {meter.images / self.images:.0%}  {state}  {left:.0f} s left")
+            self.console.print(f"{title}  {seen / self.images:.0%}  {state}  {left:.0f} s left")
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Show the result of an epoch.
@@ -92,11 +113,13 @@ class Progress:
         Args:
             row: its row in ``metrics.jsonl``.
         """
-        self.finished_epochs += 1
         epoch = f"{row['epoch']:>{len(str(self.epochs))}}/{self.epochs}"
         train = f"train {row['train_loss']:.4f} {row['train_accuracy']:7.2%}"
         test = f"test {row['test_loss']:.4f} {row['test_accuracy']:7.2%}"
-        self.console.print(f"{self.phase} epoch {epoch}  {train}  {test}  {row['images_per_second']:,.0f} images/s")
+        if "ema_test_accuracy" in row:
+            test += f"  average {row['ema_test_loss']:.4f} {row['ema_test_accuracy']:7.2%}"
+        line = f"{self.phase} epoch {epoch}  {train}  {test}  {row['images_per_second']:,.0f} images/s"
+        self.console.print(line, soft_wrap=True)
 
 
 def _make_bar(console: Any) -> Any:

@@ -1,213 +1,123 @@
 """From an FP32 network to a quantized one: train or load it, quantize and calibrate it, train it quantized.
 
-Everything that has to do with quantization is in :meth:`Trainer.quantize` and :meth:`Trainer.train_quantized`.
+All that has to do with quantization is here; :class:`Training` descends gradients, and :class:`Run` knows where to
+resume.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-import time
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch import nn
+from torch.optim import Optimizer
 
 import fastqat
-from fastqat import models
-from fastqat.train import data
-from fastqat.train.checkpoint import load_checkpoint
 from fastqat.train.config import Config
 from fastqat.train.curves import draw_curves
-from fastqat.train.extras import import_extra
-from fastqat.train.progress import Meter, Progress, print_table
-from fastqat.train.run_folder import RunFolder
+from fastqat.train.optimization import scale_optimizer, weight_optimizer
+from fastqat.train.progress import print_table
+from fastqat.train.run import Run
+from fastqat.train.run_folder import Row
+from fastqat.train.run_state import PHASES
+from fastqat.train.training import Training
 
-Row = dict[str, Any]  # one row of metrics.jsonl
 
-
-class Trainer:
-    """One run. Everything that can be wrong with its options shows here, before anything is written.
+class Trainer(Run):
+    """One run, and its phases: FP32 training, quantization (PTQ), quantization-aware training (QAT).
 
     Args:
-        config: the options.
-
-    Raises:
-        ValueError: an option, a data file or a checkpoint is wrong; the message names it.
-        OSError: a file is missing, or the folder of the run cannot be made.
-        ImportError: a package of the ``train`` extra is missing.
+        config, resume: see :class:`Run`, which also says what is raised.
     """
 
-    def __init__(self, config: Config) -> None:
-        for extra in ("rich.progress", "matplotlib.figure"):  # better now than at the end
-            import_extra(extra)
-        self.config = config
-        self.device = choose_device(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        torch.manual_seed(config.seed)
-        self.shuffling = torch.Generator().manual_seed(config.seed)
-        dataset = data.load(config.data, config.root)
-        self.data = dataset.limit_train(config.limit_train or len(dataset.train)).to(self.device)
-        self.model = models.build(config.model, dataset.num_classes).to(self.device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
-        check_images_fit(config, dataset)
-        if config.checkpoint:
-            load_checkpoint(self.model, config.checkpoint)
+    def __init__(self, config: Config, resume: Path | None = None) -> None:
         weight = fastqat.QSpec(bits=config.bits_weight, axis=0, range=config.range, learn="scale")
         activation = fastqat.QSpec(bits=config.bits_activation, range=config.range, learn="scale")
         self.qconfig = fastqat.QConfig(weight, activation)
         self.title = f"{config.data}, model {config.model}, W{config.bits_weight}A{config.bits_activation}"
-        self.folder = RunFolder(config.out or default_folder(config), config)
+        super().__init__(config, resume)
 
     def run(self) -> list[Row]:
-        """Run all phases, and leave metrics, weights and curves in the folder.
+        """Run the phases that are left, and leave metrics, weights and curves in the folder.
 
         Returns:
             the last row of each phase.
 
         Raises:
-            FloatingPointError: the training loss is no longer finite.
+            FloatingPointError: a loss, a gradient or a weight is no longer finite.
+            Interrupted: a signal stopped the run, which is saved.
+            OSError: something could not be written; what there was is still there.
         """
-        results = [self.train_fp32(), self.quantize()]
-        if self.config.epochs:
-            results.append(self.train_quantized())
-        self.folder.save_figure(draw_curves(self.folder.rows, self.title), "curves.png")
-        print_table(self.title, results)
+        work = {"FP32": self.train_fp32, "PTQ": self.quantize, "QAT": self.train_quantized}
+        with self.signals:
+            for phase in PHASES[PHASES.index(self.state.position.phase) : -1]:
+                work[phase]()
+        rows = self.folder.rows
+        results = list({row["phase"]: row for row in rows}.values())
+        if self.processes.main:
+            self.folder.save_figure(draw_curves(rows, self.title), "curves.png")
+            print_table(self.title, results)
         return results
 
     def train_fp32(self) -> Row:
         """Train the network in float32, unless it comes from a checkpoint; return the last row of the phase."""
         config = self.config
         epochs = 0 if config.checkpoint else config.fp32_epochs
-        optimizer = self.sgd(list(self.model.parameters()), config.fp32_lr)
-        return self.fit("FP32", [optimizer], epochs) or self.measure("FP32")
+        optimizer = weight_optimizer(config, list(self.model.parameters()), config.fp32_lr)
+        row = self.fit("FP32", [optimizer], epochs) or self.measure("FP32")
+        self.enter("PTQ")
+        return row
+
+    def prepare(self) -> None:
+        """Quantize weights and inputs of the layers."""
+        fastqat.prepare(self.model, self.qconfig, first_last_bits=self.config.first_last_bits or None)
 
     def quantize(self) -> Row:
         """Quantize weights and activations after training (PTQ): nothing but ranges is chosen from the data."""
         config = self.config
-        fastqat.prepare(self.model, self.qconfig, first_last_bits=config.first_last_bits or None)
-        batches = self.data.train_batches(config.batch_size, self.shuffling, augment=False)
+        self.prepare()
+        # Every process takes these batches whole: the ranges come out equal, and as those of one process alone.
+        batches = self.data.train_batches(
+            config.batch_size, seed=config.seed, epoch=config.fp32_epochs, augment=False, workers=config.workers
+        )
         fastqat.calibrate(self.model, itertools.islice(batches, config.calibration_batches))
-        self.folder.save_weights(self.model, "model.pt")
-        return self.measure("PTQ")
+        row = self.measure("PTQ")
+        self.save_weights(row)
+        self.enter("QAT")
+        return row
 
-    def train_quantized(self) -> Row:
-        """Train weights and scales together (QAT); return the last row of the phase."""
+    def train_quantized(self) -> Row | None:
+        """Train weights and scales together (QAT); return the last row of the phase, None if it has no epochs."""
         config = self.config
         scales = fastqat.quantizer_parameters(self.model)
-        scale_ids = {id(scale) for scale in scales}
-        weights = [parameter for parameter in self.model.parameters() if id(parameter) not in scale_ids]
-        optimizers = [self.sgd(weights, config.lr), Adam(scales, lr=config.quantizer_lr)]
-        return self.fit("QAT", optimizers, config.epochs) or self.measure("QAT")
+        optimizers = [weight_optimizer(config, self.weights(scales), config.lr), scale_optimizer(config, scales)]
+        row = self.fit("QAT", optimizers, config.epochs)
+        self.enter("done")
+        return row
 
-    def sgd(self, parameters: list[nn.Parameter], lr: float) -> SGD:
-        """Make the optimizer of the network's own parameters."""
-        return SGD(parameters, lr=lr, momentum=self.config.momentum, weight_decay=self.config.weight_decay)
+    def weights(self, scales: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the parameters of the network that are none of the quantizers'."""
+        scale_ids = {id(scale) for scale in scales}
+        return [parameter for parameter in self.model.parameters() if id(parameter) not in scale_ids]
 
     def fit(self, phase: str, optimizers: list[Optimizer], epochs: int) -> Row | None:
-        """Train for some epochs, with a cosine from each optimizer's learning rate to 0; return the last row.
+        """Train for some epochs, or what is left of them; return the last row, None without epochs.
 
         Args:
             phase: its name in metrics and curves.
-            optimizers: together they own what is trained; the first one's learning rate is reported.
+            optimizers: together they own what is trained; the first one owns the weights.
             epochs: passes over the training images.
         """
-        steps = epochs * math.ceil(len(self.data.train) / self.config.batch_size)
-        schedules = [CosineAnnealingLR(optimizer, T_max=steps) for optimizer in optimizers]
-        row = None
-        with Progress(phase, epochs, len(self.data.train)) as progress:
-            for epoch in range(1, epochs + 1):
-                lr = optimizers[0].param_groups[0]["lr"]
-                started = time.monotonic()
-                loss, accuracy = self.train_epoch(optimizers, schedules, progress)
-                seconds = time.monotonic() - started
-                speed = {"seconds": seconds, "images_per_second": len(self.data.train) / seconds}
-                row = self.measure(phase, epoch, train_loss=loss, train_accuracy=accuracy, lr=lr, **speed)
-                self.folder.save_weights(self.model, "fp32.pt" if phase == "FP32" else "model.pt")
-                progress.epoch(row)
-        return row
+        if not epochs:
+            return None
+        config = self.config
+        fp32 = phase == "FP32"
+        warmup = config.fp32_warmup_epochs if fp32 else config.warmup_epochs
+        # Calibration has an order of the images to itself, between those of the two trainings.
+        return Training(self, phase, optimizers, epochs, 0 if fp32 else config.fp32_epochs + 1, warmup).fit()
 
-    def train_epoch(
-        self, optimizers: list[Optimizer], schedules: list[CosineAnnealingLR], progress: Progress
-    ) -> tuple[float, float]:
-        """Take one pass over the training images; return their mean loss and accuracy.
-
-        Raises:
-            FloatingPointError: the loss is no longer finite.
-        """
-        self.model.train()
-        meter = Meter()
-        for images, labels in self.data.train_batches(self.config.batch_size, self.shuffling):
-            logits = self.model(images)
-            loss = F.cross_entropy(logits, labels)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                optimizer.step()
-                schedule.step()
-            meter.add(loss, logits, labels)
-            progress.step(meter)
-        loss_mean, accuracy = meter.read()
-        if not math.isfinite(loss_mean):
-            raise FloatingPointError(f"the training loss became {loss_mean}; try a smaller learning rate")
-        return loss_mean, accuracy
-
-    def measure(self, phase: str, epoch: int = 0, **training: float) -> Row:
-        """Evaluate on the test images, and add a row to the metrics.
-
-        Args:
-            phase: its name.
-            epoch: passes over the training images that the phase has made.
-            training: what is known of the last pass.
-        """
-        loss, accuracy = evaluate(self.model, self.data, self.config.batch_size)
-        row = {"phase": phase, "epoch": epoch, **training, "test_loss": loss, "test_accuracy": accuracy}
-        self.folder.add_metrics(row)
-        return row
-
-
-def evaluate(model: nn.Module, dataset: data.Dataset, batch_size: int = 256) -> tuple[float, float]:
-    """Return mean loss, and accuracy in 0..1, on the test images; leaves the model in evaluation mode."""
-    model.eval()
-    meter = Meter()
-    with torch.no_grad():
-        for images, labels in dataset.test_batches(batch_size):
-            logits: Tensor = model(images)
-            meter.add(F.cross_entropy(logits, labels), logits, labels)
-    return meter.read()
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name: "cpu", "cuda", or "auto" for the best one.
-
-    Raises:
-        ValueError: "cuda" was asked for, and torch finds none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: wanted a CUDA device that torch can use; got none")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def check_images_fit(config: Config, dataset: data.Dataset) -> None:
-    """Check that the network takes the images of the data set.
-
-    Raises:
-        ValueError: it does not.
-    """
-    wanted, got = models.MODELS[config.model].image_shape, tuple(dataset.train.images.shape[1:])
-    if wanted != got:
-        raise ValueError(f"model {config.model}: wanted images of shape {wanted}; got {got} from data {config.data}")
-
-
-def default_folder(config: Config) -> Path:
-    """Name the folder of a run by what it does and when it starts."""
-    bits = f"w{config.bits_weight}a{config.bits_activation}"
-    return Path("runs") / f"{config.data}-{config.model}-{bits}-{time.strftime('%Y%m%d-%H%M%S')}"
+    def enter(self, phase: str) -> None:
+        """Save at the beginning of the next phase, and stop there if a signal asks for it."""
+        self.state.end(phase)
+        self.save()
+        self.stop_if(*self.processes.any(self.signals.received is not None))

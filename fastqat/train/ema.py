@@ -1,0 +1,48 @@
+"""Exponential moving average of a network: of its weights, and of the parameters of its quantizers."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+WARMUP = 10  # updates: the first averages forget faster, so that they leave the initial weights behind
+
+
+class AveragedModel:
+    """A copy of a network that follows it.
+
+    After update t, average = d * average + (1 - d) * value with d = min(decay, (1 + t) / (10 + t)), for all that is
+    floating point: weights, scales, statistics of BN. Whatever counts is copied.
+
+    Args:
+        model: the network; it is left alone.
+        decay: per update, in 0..1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, updates: int) -> None:
+        """Take one step after the network.
+
+        Args:
+            model: the network.
+            updates: number of steps that were taken before.
+        """
+        decay = min(self.decay, (1 + updates) / (WARMUP + updates))
+        mine, others = _tensors(self.module), _tensors(model)
+        averaged = [(mine[key], others[key]) for key in mine if mine[key].is_floating_point()]
+        counts = [(mine[key], others[key]) for key in mine if not mine[key].is_floating_point()]
+        for kept, value in counts:
+            kept.copy_(value)
+        if averaged:
+            kept_list, values = (list(each) for each in zip(*averaged, strict=True))
+            torch._foreach_lerp_(kept_list, values, 1 - decay)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
