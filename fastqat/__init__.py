@@ -2,20 +2,38 @@
 
 from fastqat import functional, nn
 from fastqat._version import __version__
-from fastqat.nn import FakeQuant, QConfig, QSpec, calibrate, prepare, quantizer_parameters, step
+from fastqat.batch_norm import reestimate_bn
+from fastqat.nn import (
+    FakeQuant,
+    QConfig,
+    QSpec,
+    Report,
+    calibrate,
+    fake_quant_enabled,
+    prepare,
+    quantizer_parameters,
+    remove,
+    report,
+    step,
+)
 from fastqat.ops.select import current_backend, status, use_backend
 
 __all__ = [
     "FakeQuant",
     "QConfig",
     "QSpec",
+    "Report",
     "__version__",
     "calibrate",
     "current_backend",
+    "fake_quant_enabled",
     "functional",
     "nn",
     "prepare",
     "quantizer_parameters",
+    "reestimate_bn",
+    "remove",
+    "report",
     "status",
     "step",
     "use_backend",

@@ -158,11 +158,11 @@ class MeanSquaredError:
         else:
             side = torch.arange(1, CANDIDATES_PER_SIDE + 1, device=x.device) / CANDIDATES_PER_SIDE
             shrink_low, shrink_high = torch.cartesian_prod(side, side).unbind(1)
-        grids = [
-            grid_from_range(low * a, high * b, self.spec.qmin, self.spec.qmax, self.spec.symmetric)
-            for a, b in zip(shrink_low, shrink_high, strict=True)
-        ]
-        return torch.stack([s for s, _ in grids]), torch.stack([z for _, z in grids])
+
+        def grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return grid_from_range(low * a, high * b, self.spec.qmin, self.spec.qmax, self.spec.symmetric)
+
+        return torch.vmap(grid)(shrink_low, shrink_high)
 
     def observe(self, x: Tensor) -> None:
         """Add the errors of a tensor. x: any floating dtype."""

@@ -114,7 +114,7 @@ def test_mistakes_in_a_recipe(text: str, message: str, capsys: pytest.CaptureFix
 
 def test_recipe_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--recipe", "absent"]) == 2
-    assert "recipe absent: wanted a file, or one of cifar10, digits" in capsys.readouterr().err
+    assert "recipe absent: wanted a file, or one of cifar10, cifar10-mobilenetv2, digits" in capsys.readouterr().err
     Path("bytes.yaml").write_bytes(b"\xff\xfe\x00")
     assert cli.main(["train", "--recipe", "bytes.yaml"]) == 2
     assert "bytes.yaml: wanted YAML in UTF-8" in capsys.readouterr().err

@@ -1,8 +1,9 @@
-"""``prepare`` and ``calibrate``: what they keep, what they add, and what they refuse."""
+"""``prepare``, ``remove`` and ``fake_quant_enabled``: what they keep, what they add, and what they refuse."""
 
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -18,6 +19,13 @@ X = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 CONFIG = QConfig(QSpec(4, 0), QSpec(4))
 
 
+class Norm(nn.Linear):
+    """A subclass that computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / self.weight.norm()
+
+
 class Net(nn.Module):
     """Two convolutions, a norm, and two linear layers that share a weight."""
 
@@ -27,7 +35,7 @@ class Net(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
         self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
         self.two.weight = self.one.weight
-        self.attention = nn.MultiheadAttention(4, 1)
+        self.other = Norm(4, 4)
         self.spare: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,6 +106,8 @@ def test_first_and_last_layer() -> None:
     net = prepare(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(3, 2)), CONFIG, first_last_bits=8)
     assert [m.weight_fake_quant.bits for m in net] == [8, 4, 8]
     assert [m.activation_fake_quant.bits for m in net] == [8, 4, 8]
+    net = prepare(Net(), CONFIG, first_last_bits=8)  # the last one shares its weight with the one before
+    assert [m.weight_fake_quant.bits for m in layers(net)] == [8, 4, 8, 8]
     one = prepare(nn.Sequential(nn.Linear(2, 2)), CONFIG, first_last_bits=7)
     assert one[0].weight_fake_quant.bits == 7
 
@@ -122,81 +132,196 @@ def test_half_of_a_config() -> None:
     net(X)
 
 
-def test_other_classes_are_left_alone() -> None:
-    """A subclass may compute anything: nn.MultiheadAttention never calls its projection."""
-    net = prepare(Net(), CONFIG)
-    assert type(net.attention.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
-    assert type(net.body[1]) is nn.BatchNorm2d
+class Same(nn.Linear):
+    """A subclass that computes what its base does."""
+
+    def extra(self) -> int:
+        """Something of its own."""
+        return self.out_features
 
 
-def test_calibrate() -> None:
-    """Sets the ranges of activations from all batches, in evaluation mode, and gives back every mode."""
-    net = prepare(Net(), CONFIG)
-    net.body[1].eval()
-    modes = [m.training for m in net.modules()]
-    norm, weights = net.body[1].running_mean.clone(), net.one.weight_fake_quant.scale.detach().clone()
-    batches = [(X, torch.zeros(8)), [2 * X], 3 * X]
-    seen: list[tuple[bool, Tensor]] = []
-    net.body[0].register_forward_pre_hook(lambda m, args: seen.append((m.training, args[0])))
-    assert calibrate(net, iter(batches)) is net
-    assert [m.training for m in net.modules()] == modes
-    assert [training for training, _ in seen] == [False] * 3
-    assert all(torch.equal(x, k * X) for k, (_, x) in zip((1, 2, 3), seen, strict=True))
-    assert all(q.initialized for q in quantizers(net))
-    assert torch.equal(net.body[1].running_mean, norm)
-    assert torch.equal(net.one.weight_fake_quant.scale, weights)
-    # relu's output is unsigned; other inputs have negative values
-    assert net.body[3].activation_fake_quant.codes == (0, 15) and net.body[0].activation_fake_quant.codes == (-8, 7)
+def test_subclasses() -> None:
+    """One with a forward of its own may compute anything, and is left alone; another one stays what it is, and more."""
+    net = nn.Sequential(nn.BatchNorm1d(4), Norm(4, 4), Same(4, 4))
+    prepare(net, CONFIG)
+    assert type(net[1]) is Norm and type(net[0]) is nn.BatchNorm1d
+    assert isinstance(net[2], Same) and isinstance(net[2], fastqat.nn.Linear) and net[2].extra() == 4
+    net(torch.randn(3, 4))
+    for twin in (copy.deepcopy(net), reloaded(net)):
+        assert type(twin[2]) is type(net[2]) and twin[2].weight_fake_quant is not net[2].weight_fake_quant
+        assert torch.equal(twin.eval()(torch.ones(3, 4)), net.eval()(torch.ones(3, 4)))
+    assert type(fastqat.remove(net)[2]) is Same
 
 
-def test_calibrate_takes_every_batch() -> None:
-    """The range of all of them; what a range was before does not count."""
-    net = prepare(nn.Sequential(nn.Linear(5, 2)), QConfig(None, QSpec(4, range="minmax", signed=True)))
-    calibrate(net, [torch.full((1, 5), 700.0)])
-    calibrate(net, [torch.full((1, 5), v) for v in (0.5, 3.5, -2.0)])
-    assert net[0].activation_fake_quant.scale.item() == 0.5
+def reloaded(net: nn.Module) -> Any:
+    """The module from the bytes that torch.save writes."""
+    file = io.BytesIO()
+    torch.save(net, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
-class Branching(nn.Module):
-    """A layer that is never called."""
+def test_layers_that_cannot_be_twins() -> None:
+    """A computed weight, a forward that was replaced, a sparse gradient, a dtype that no kernel takes."""
+    net = nn.ModuleDict(
+        {
+            "parametrized": parametrize.register_parametrization(nn.Linear(4, 4), "weight", nn.Identity()),
+            "normed": torch.nn.utils.spectral_norm(nn.Linear(4, 4)),
+            "replaced": nn.Linear(4, 4),
+            "sparse": nn.Embedding(4, 4, sparse=True),
+            "wide": nn.Linear(4, 4).double(),
+            "fine": nn.Linear(4, 4),
+        }
+    )
+    net["replaced"].forward = lambda x: x
+    classes = {name: type(layer) for name, layer in net.items()}
+    prepare(net, CONFIG)
+    assert type(net["fine"]) is fastqat.nn.Linear
+    assert all(type(layer) is classes[name] for name, layer in net.items() if name != "fine")
+    reasons = {row.layer: row.reason for row in fastqat.report(net).left_in_float}
+    assert reasons["normed"] == "its weight is computed, not a Parameter of its own" == reasons["parametrized"]
+    assert reasons["replaced"] == "this Linear had its forward replaced"
+    assert reasons["sparse"] == "its gradient is sparse" and reasons["wide"] == "its weight is torch.float64"
+    with pytest.raises(ValueError, match=r"got Linear without any; itself: its weight is torch.float64$"):
+        prepare(nn.Linear(2, 2).double(), CONFIG)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.unused = nn.Linear(5, 5), nn.Linear(5, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.used(x)
+def test_layers_without_values() -> None:
+    """Their ranges cannot be set yet: the message says what to do."""
+    for layer in (nn.LazyLinear(3), nn.Linear(3, 3, device="meta")):
+        net = nn.Sequential(nn.Linear(3, 3), layer)
+        with pytest.raises(ValueError, match="layer '1': wanted a weight to quantize; got one without values"):
+            prepare(net, CONFIG)
+        assert type(net[0]) is nn.Linear
 
 
-def test_calibrate_names_what_saw_nothing() -> None:
-    """After restoring the modes; the others have their range."""
-    net = prepare(Branching(), CONFIG)
-    wanted = r"batches: wanted data for every quantizer; got 1 batches, .* none: unused\.activation_fake_quant$"
+def test_output_quantizers() -> None:
+    """The output on its grid instead of the input."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2))
+    float_net = copy.deepcopy(net)
+    calibrate(prepare(net, QConfig(None, QSpec(3), activation_on="output")), [X])
+    for layer, same, x in ((net[0], float_net[0], X), (net[2], float_net[2], torch.randn(5, 36))):
+        y = layer(x)
+        assert torch.equal(y, layer.activation_fake_quant(same(x))) and len(y.unique()) <= 8
+    with pytest.raises(ValueError, match="activation_on: wanted one of 'input', 'output'; got 'both'"):
+        QConfig(activation_on="both")
+    with pytest.raises(TypeError, match="weight: wanted a QSpec or None; got 4"):
+        QConfig(4)
+
+
+def test_quantizers_are_in_the_mode_of_their_layer() -> None:
+    """In evaluation no range follows the data."""
+    net = Net().eval()
+    net.one.train()
+    prepare(net, CONFIG)
+    assert [q.training for q in quantizers(net.body)] == [False] * 4 and net.one.activation_fake_quant.training
+
+
+def test_preparing_again() -> None:
+    """The same configuration changes nothing, another one is refused by name."""
+    net = prepare(Net(), CONFIG, first_last_bits=8, overrides={"body.3": None})
+    before = dict(net.named_modules())
+    assert prepare(net, CONFIG, first_last_bits=8, overrides={"body.3": None}) is net
+    assert dict(net.named_modules()) == before
+    wanted = (
+        r"layer 'body\.0' of a prepared model: wanted .*bits=5.*remove\(model\) .* got QConfig\(weight=QSpec\(bits=8,"
+    )
     with pytest.raises(ValueError, match=wanted):
-        calibrate(net, [torch.randn(2, 5)])
-    assert net.training and net.used.activation_fake_quant.initialized
-    with pytest.raises(ValueError, match=r"got 0 batches, .*: used\.activation_fake_quant, unused\.activation"):
-        calibrate(net, [])
-    with pytest.raises(ValueError, match="model: wanted a model with quantizers to calibrate; got Linear"):
-        calibrate(nn.Linear(2, 2), [torch.zeros(2, 2)])
+        prepare(net, QConfig(QSpec(5, 0), None))
+    with pytest.raises(ValueError, match=r"layer 'body\.3' of a prepared model: wanted QConfig.* got left in float"):
+        prepare(net, CONFIG, first_last_bits=8)
+    assert dict(net.named_modules()) == before
+    prepare(copy.deepcopy(net), CONFIG, first_last_bits=8, overrides={"body.3": None})
 
 
-def test_calibrate_restores_after_an_error() -> None:
-    """A batch of the wrong shape leaves no quantizer observing, and the modes as they were."""
-    net = prepare(Net(), CONFIG)
-    with pytest.raises(RuntimeError):
-        calibrate(net, [X, torch.zeros(2, 9, 5, 5)])
-    assert all(m.training for m in net.modules())
-    assert net.body[0].activation_fake_quant.initialized
-    assert not torch.equal(net.body[0].activation_fake_quant(X), X)
+def test_remove() -> None:
+    """The model that it was: classes, keys, attributes, outputs."""
+    net = Net().eval()
+    expected, keys = net(X), list(net.state_dict())
+    attributes = [set(m.__dict__) for m in net.modules()]
+    classes = [type(m) for m in net.modules()]
+    prepare(net, CONFIG, overrides={"one": {"bits": 5}, "two": {"bits": 5}, "body.3": None})
+    calibrate(net, [X])
+    assert not torch.equal(net(X), expected)
+    assert fastqat.remove(net) is net
+    assert [type(m) for m in net.modules()] == classes and list(net.state_dict()) == keys
+    assert [set(m.__dict__) for m in net.modules()] == attributes
+    assert torch.equal(net(X), expected)
+    assert fastqat.remove(net) is net
+    prepare(net, QConfig(QSpec(3, 0)))  # and another configuration
+
+
+def test_remove_keeps_quantized_weights() -> None:
+    """Each weight written once, and computed with as before."""
+    net = prepare(Net().eval(), QConfig(QSpec(3, 0, range="running_minmax"), None))
+    net.add_module("up", nn.ConvTranspose2d(4, 6, 2, groups=2))
+    prepare(net.up, QConfig(QSpec(3, 0), None))
+    with torch.no_grad():
+        net.one.weight *= 1.5  # as training may leave it: beyond its range
+    fastqat.step(net)
+    expected, up = net(X), net.up(torch.ones(1, 4, 3, 3))
+    fastqat.remove(net.train(), keep="quantized").eval()
+    assert not quantizers(net) and torch.equal(net(X), expected)
+    assert torch.equal(net.up(torch.ones(1, 4, 3, 3)), up)
+    assert all(len(row.unique()) <= 8 for row in net.one.weight)
+    with pytest.raises(ValueError, match="keep: wanted one of 'float', 'quantized'; got 'both'"):
+        fastqat.remove(net, keep="both")
+
+
+def test_remove_refuses_a_layer_that_was_parametrized_since() -> None:
+    net = prepare(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), CONFIG)
+    parametrize.register_parametrization(net[1], "weight", nn.Identity())
+    with pytest.raises(ValueError, match="layer '1': wanted the class that prepare gave it; got ParametrizedLinear"):
+        fastqat.remove(net)
+    assert len(quantizers(net)) == 4
+
+
+def test_fake_quant_enabled() -> None:
+    """Off and on, for good or for a while, and back to what each quantizer was."""
+    net = prepare(Net(), CONFIG).eval()
+    quantized = net(X)
+    net.one.activation_fake_quant.fake_quant_enabled = False
+    with fastqat.fake_quant_enabled(net, False):
+        assert torch.equal(net(X), fastqat.remove(copy.deepcopy(net))(X))
+        assert not torch.equal(net(X), quantized)
+    assert not net.one.activation_fake_quant.fake_quant_enabled and net.two.activation_fake_quant.fake_quant_enabled
+    fastqat.fake_quant_enabled(net)
+    assert torch.equal(net(X), quantized)
+    with pytest.raises(ValueError, match="model: wanted a model with quantizers; got Linear without any"):
+        fastqat.fake_quant_enabled(nn.Linear(2, 2))
+
+
+def test_an_error_in_the_last_step_leaves_the_model_as_it_was() -> None:
+    """Weights that share a quantizer along different axes, or want different ones."""
+    net = nn.Sequential(nn.Conv2d(3, 5, 2), nn.ConvTranspose2d(5, 3, 2))
+    net[1].weight = net[0].weight
+    with pytest.raises(ValueError, match="layers '0', '1': wanted axis=None for the weight that they share"):
+        prepare(net, CONFIG)
+    assert type(net[0]) is nn.Conv2d and type(net[1]) is nn.ConvTranspose2d
+    prepare(net, QConfig(QSpec(4)))
+    assert net[0].weight_fake_quant is net[1].weight_fake_quant
+    net = Net()
+    with pytest.raises(ValueError, match="layers 'one', 'two': wanted one QSpec for the weight that they share"):
+        prepare(net, CONFIG, overrides={"two": {"bits": 7}})
+    assert not quantizers(net)
+    prepare(net, CONFIG, overrides={"two": None})
+    assert net.one.weight_fake_quant is not None and type(net.two) is nn.Linear
+
+
+def test_a_change_that_fails_half_way_is_undone() -> None:
+    """An attribute is in the way of the last layer's quantizer."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 4), nn.Linear(4, 4))
+    net[-1].activation_fake_quant = "mine"
+    keys, classes = list(net.state_dict()), [type(m) for m in net.modules()]
+    with pytest.raises(KeyError, match="activation_fake_quant"):
+        prepare(net, CONFIG)
+    assert [type(m) for m in net.modules()] == classes and list(net.state_dict()) == keys and not quantizers(net)
+    assert net[-1].activation_fake_quant == "mine" and "fake_quant_choice" not in net[0].__dict__
 
 
 def test_prepare_refuses() -> None:
-    """A model that has nothing to quantize, one that is prepared, bits that do not exist."""
-    with pytest.raises(ValueError, match="model: wanted a model with Linear or Conv2d layers; got ReLU without any"):
+    """A model that has nothing to quantize, bits that do not exist."""
+    with pytest.raises(ValueError, match=r"model: wanted a model with layers .* got ReLU without any$"):
         prepare(nn.ReLU(), CONFIG)
-    with pytest.raises(ValueError, match="model: wanted a model without quantizers; got one that is prepared already"):
-        prepare(prepare(Net(), CONFIG), CONFIG)
     for bits, exception in ((9, ValueError), (0, ValueError), (4.0, TypeError)):
         net = Net()
         with pytest.raises(exception, match=f"bits: wanted .* got {bits}"):
@@ -207,7 +332,7 @@ def test_prepare_refuses() -> None:
 def test_prepare_leaves_a_model_whole_that_it_cannot_quantize() -> None:
     """The last layer is indivisible: no layer is changed."""
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 6))
-    with pytest.raises(ValueError, match="group_size: wanted a divisor of the 6 elements"):
+    with pytest.raises(ValueError, match="layer '2': group_size: wanted a divisor of the 6 elements"):
         prepare(net, QConfig(QSpec(4, 0, group_size=4)))
     assert [type(m) for m in net] == [nn.Linear] * 3 and not quantizers(net)
     prepare(net, QConfig(QSpec(4, 0, group_size=2)))
@@ -223,16 +348,3 @@ def test_quantizer_parameters() -> None:
     names = {id(p): name for name, p in net.named_parameters()}
     assert all("fake_quant" in names[id(p)] for p in found)
     assert fastqat.quantizer_parameters(prepare(Net(), CONFIG)) == []
-
-
-def test_calibrate_leaves_the_quantizer_of_a_parametrized_weight_alone() -> None:
-    layer = nn.Linear(6, 4)
-    parametrize.register_parametrization(layer, "weight", fastqat.FakeQuant(bits=3, axis=0, learn="scale"))
-    model = nn.Sequential(fastqat.FakeQuant(bits=4), layer)
-    of_weight = layer.parametrizations.weight[0]
-    with torch.no_grad():
-        of_weight.scale.mul_(3)  # as training may have left it
-    learned = of_weight.scale.clone()
-    fastqat.calibrate(model, [torch.randn(5, 6)])
-    assert torch.equal(of_weight.scale, learned)
-    assert model[0].initialized

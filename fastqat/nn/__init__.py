@@ -1,9 +1,42 @@
 """Quantizers as modules, quantized layers, and the preparation of whole models."""
 
+from fastqat.nn.attention import MultiheadAttention
+from fastqat.nn.calibrate import calibrate
 from fastqat.nn.fake_quant import FakeQuant
-from fastqat.nn.layers import Conv2d, Linear
-from fastqat.nn.prepare import calibrate, prepare, quantizer_parameters
+from fastqat.nn.layers import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    Embedding,
+    Linear,
+)
+from fastqat.nn.prepare import fake_quant_enabled, prepare, quantizer_parameters, remove
+from fastqat.nn.report import Report, report
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.timed import step
 
-__all__ = ["Conv2d", "FakeQuant", "Linear", "QConfig", "QSpec", "calibrate", "prepare", "quantizer_parameters", "step"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Embedding",
+    "FakeQuant",
+    "Linear",
+    "MultiheadAttention",
+    "QConfig",
+    "QSpec",
+    "Report",
+    "calibrate",
+    "fake_quant_enabled",
+    "prepare",
+    "quantizer_parameters",
+    "remove",
+    "report",
+    "step",
+]

@@ -240,7 +240,7 @@ class FakeQuant(QuantizerState):
                 "FakeQuant: wanted an initialized range before compilation; got the first tensor inside a compiled "
                 "forward. Call the module once eagerly, or fastqat.calibrate(model, batches)."
             )
-        if not x.isfinite().any():
+        if not x.numel() or not functional.minmax(x)[0].isfinite():  # minmax looks at finite values alone
             return
         self.begin_calibration()
         self._observe(x)
@@ -274,6 +274,11 @@ class FakeQuant(QuantizerState):
         return scale, zero_point if self.zero_point is not None else None
 
     # Use
+
+    def is_idle(self) -> bool:
+        """True if a forward would pass its tensor through and look at nothing."""
+        follows = self.range_low is not None and self.observer_enabled and self.training
+        return not (self.fake_quant_enabled or self._calibrating or follows)
 
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Quantize-dequantize x.

@@ -1,10 +1,14 @@
-"""Twins of torch's layers that quantize their input and their weight.
+"""Twins of torch's layers that quantize their weight, and their input or their output.
 
-A layer becomes its twin in place: the same object, the same Parameters and state_dict keys, hooks and all; the two
-quantizers join it as sub-modules.
+A layer becomes its twin in place (see :func:`fastqat.prepare`): the same object, the same Parameters and state_dict
+keys, hooks and all; its quantizers join it as sub-modules. Axis 0 of a weight's quantizer is that of the output
+channels in every twin; in an embedding it is that of the rows.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,43 +18,200 @@ from fastqat.nn.fake_quant import FakeQuant
 
 
 class QuantizedLayer:
-    """Mixin of the twins: ``weight_fake_quant`` and ``activation_fake_quant``, each a FakeQuant or None."""
+    """Mixin of the twins.
 
-    weight: Tensor
+    Attributes:
+        original: the class that the layer had before.
+        weight_names: Parameters that may have a quantizer, called ``<name>_fake_quant``: a FakeQuant or None.
+        activation_fake_quant: FakeQuant or None; what a layer computes on more than one tensor shares it.
+        activation_on: "input" or "output": what activation_fake_quant quantizes.
+    """
+
+    original: ClassVar[type[nn.Module]]
+    weight_names: ClassVar[tuple[str, ...]] = ("weight",)
+    takes_activation: ClassVar[bool] = True
     weight_fake_quant: FakeQuant | None
     activation_fake_quant: FakeQuant | None
+    activation_on: str
 
-    def quantized_weight(self, device_type: str) -> Tensor:
-        """The quantized weight, in the dtype of autocast where that is on."""
-        if self.weight_fake_quant is None:
-            return self.weight
+    def weight_quantizers(self) -> dict[str, FakeQuant]:
+        """The quantizers of its weights, by the weight's name."""
+        found = {name: getattr(self, f"{name}_fake_quant") for name in self.weight_names}
+        return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+
+    def quantized_parameters(self) -> list[Tensor]:
+        """The weights that have a quantizer."""
+        return [getattr(self, name) for name in self.weight_quantizers()]
+
+    def quantizers(self) -> Iterator[tuple[str, FakeQuant]]:
+        """What is quantized ("weight", "input", "output", ...) and by which quantizer."""
+        yield from self.weight_quantizers().items()
+        if self.activation_fake_quant is not None:
+            yield self.activation_on, self.activation_fake_quant
+
+    @staticmethod
+    def output_channels_first(weight: Tensor, groups: int) -> Tensor:
+        """The weight as its quantizer sees it: [output channels, ...]. It is its own inverse."""
+        return weight
+
+    def quantized_weight(self, device_type: str, name: str = "weight") -> Tensor:
+        """A quantized weight, in the dtype of autocast where that is on.
+
+        Args:
+            device_type: of the input.
+            name: one of ``weight_names``.
+        """
+        weight: Tensor = getattr(self, name)
+        quantizer: FakeQuant | None = getattr(self, f"{name}_fake_quant")
+        if quantizer is None:
+            return weight
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        return self.weight_fake_quant(self.weight, autocast)
+        return quantizer(weight, autocast)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The quantized input."""
+        """The input, quantized where it is the input that has the quantizer."""
+        return self._quantized_activation(x) if self.activation_on == "input" else x
+
+    def quantized_output(self, y: Tensor) -> Tensor:
+        """The output, quantized where it is the output that has the quantizer."""
+        return self._quantized_activation(y) if self.activation_on == "output" else y
+
+    def _quantized_activation(self, x: Tensor) -> Tensor:
         if self.activation_fake_quant is None:
             return x
         # Its time is that of the weight; a copy of the layer learns here of its own.
-        if isinstance(self.weight, nn.Parameter) and not torch.compiler.is_compiling():
-            self.activation_fake_quant.follows(self.weight)
+        weight = next((w for name in self.weight_names if (w := getattr(self, name)) is not None), None)
+        if isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling():
+            self.activation_fake_quant.follows(weight)
         return self.activation_fake_quant(x)
 
 
 class Linear(QuantizedLayer, nn.Linear):
-    """``torch.nn.Linear`` with quantized input and weight."""
+    """``torch.nn.Linear``, quantized."""
+
+    original = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""
-        return F.linear(self.quantized_input(x), self.quantized_weight(x.device.type), self.bias)
+        weight = self.quantized_weight(x.device.type)
+        return self.quantized_output(F.linear(self.quantized_input(x), weight, self.bias))
 
 
-class Conv2d(QuantizedLayer, nn.Conv2d):
-    """``torch.nn.Conv2d`` with quantized input and weight."""
+class Embedding(QuantizedLayer, nn.Embedding):
+    """``torch.nn.Embedding`` with a quantized table, whose rows are its channels; what is looked up is on its grid."""
+
+    original = nn.Embedding
+    takes_activation = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [N, in_channels, H, W] -> [N, out_channels, H', W']."""
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(x.device.type), self.bias)
+        """x: indices [...] -> [..., embedding_dim]; max_norm bounds the rows of the table before they are quantized."""
+        if self.max_norm is not None:
+            torch.embedding_renorm_(self.weight.detach(), x.contiguous(), self.max_norm, self.norm_type)
+        # Autocast leaves a lookup in the dtype of its table.
+        weight = self.weight if self.weight_fake_quant is None else self.weight_fake_quant(self.weight)
+        return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
-TWINS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
+class _Convolution(QuantizedLayer):
+    _conv_forward: Any
+    bias: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, in_channels, *size] or [in_channels, *size] -> [N, out_channels, *size'] or [out_channels, *size']."""
+        weight = self.quantized_weight(x.device.type)
+        return self.quantized_output(self._conv_forward(self.quantized_input(x), weight, self.bias))
+
+
+class Conv1d(_Convolution, nn.Conv1d):
+    """``torch.nn.Conv1d``, quantized."""
+
+    original = nn.Conv1d
+
+
+class Conv2d(_Convolution, nn.Conv2d):
+    """``torch.nn.Conv2d``, quantized."""
+
+    original = nn.Conv2d
+
+
+class Conv3d(_Convolution, nn.Conv3d):
+    """``torch.nn.Conv3d``, quantized."""
+
+    original = nn.Conv3d
+
+
+class _TransposedConvolution(QuantizedLayer):
+    convolve: ClassVar[Any]
+    weight: Any
+    bias: Any
+    stride: Any
+    padding: Any
+    kernel_size: Any
+    dilation: Any
+    groups: Any
+    _output_padding: Any
+
+    @staticmethod
+    def output_channels_first(weight: Tensor, groups: int) -> Tensor:
+        """[in_channels, out_channels/groups, *kernel] <-> [out_channels, in_channels/groups, *kernel].
+
+        A view where groups is 1, or where the length that the groups split is groups.
+        """
+        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def quantized_weight(self, device_type: str, name: str = "weight") -> Tensor:
+        """As in every layer, with the output channels moved to the front and back."""
+        quantizer = self.weight_fake_quant
+        if quantizer is None:
+            return self.weight
+        if isinstance(self.weight, nn.Parameter) and not torch.compiler.is_compiling():
+            quantizer.follows(self.weight)  # the quantizer sees no Parameter, but a view of one
+        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        quantized = quantizer(self.output_channels_first(self.weight, self.groups), autocast)
+        return self.output_channels_first(quantized, self.groups)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """x: [N, in_channels, *size] or [in_channels, *size] -> [N, out_channels, *size'] or [out_channels, *size'].
+
+        Args:
+            x: the input.
+            output_size: as in torch's layer.
+        """
+        dimensions = len(self.kernel_size)
+        output_padding = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, dimensions, self.dilation
+        )
+        weight = self.quantized_weight(x.device.type)
+        # torch's function, kept on the class: a staticmethod, so that it takes no self
+        y = self.convolve(
+            self.quantized_input(x),
+            weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+        )
+        return self.quantized_output(y)
+
+
+class ConvTranspose1d(_TransposedConvolution, nn.ConvTranspose1d):
+    """``torch.nn.ConvTranspose1d``, quantized."""
+
+    original = nn.ConvTranspose1d
+    convolve = staticmethod(F.conv_transpose1d)
+
+
+class ConvTranspose2d(_TransposedConvolution, nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d``, quantized."""
+
+    original = nn.ConvTranspose2d
+    convolve = staticmethod(F.conv_transpose2d)
+
+
+class ConvTranspose3d(_TransposedConvolution, nn.ConvTranspose3d):
+    """``torch.nn.ConvTranspose3d``, quantized."""
+
+    original = nn.ConvTranspose3d
+    convolve = staticmethod(F.conv_transpose3d)

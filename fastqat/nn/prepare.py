@@ -1,127 +1,212 @@
-"""``prepare`` makes a network a QAT network; ``calibrate`` sets the ranges of its quantizers."""
+"""``prepare`` makes a network a QAT network, ``remove`` undoes it, ``fake_quant_enabled`` switches it off and on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from fastqat.nn.fake_quant import FakeQuant
-from fastqat.nn.layers import TWINS, QuantizedLayer
+from fastqat.nn.selection import Choice, Override, choose, names_of_modules
 from fastqat.nn.spec import QConfig, QSpec
+from fastqat.nn.twins import (
+    changed_since,
+    guard_fused_kernels,
+    is_twin,
+    quantized_view,
+    to_original,
+    to_twin,
+    twin_type,
+    weight_names,
+)
 from fastqat.ops import checks
 
+CHOICE = "fake_quant_choice"  # attribute of every layer that prepare decided on
 
-def prepare(model: nn.Module, config: QConfig, *, first_last_bits: int | None = None) -> nn.Module:
-    """Quantize weights and inputs of the Linear and Conv2d layers of a model, in place.
 
-    The layers keep their Parameter objects and state_dict keys. Ranges of the weights are set here; those of the
-    activations by :func:`calibrate`, or by the first batch. A weight that two layers share has one quantizer.
+def prepare(
+    model: nn.Module,
+    config: QConfig,
+    *,
+    first_last_bits: int | None = None,
+    overrides: Mapping[str, Override] | None = None,
+) -> nn.Module:
+    """Quantize weights and activations of the layers of a model, in place.
+
+    Linear, Conv1d-3d, ConvTranspose1d-3d, Embedding (its table only) and MultiheadAttention (its projections) become
+    twins that keep their Parameter objects and state_dict keys; so do subclasses that compute as these do. Ranges of
+    the weights are set here; those of the activations by :func:`calibrate`, or by the first batch. A weight that two
+    layers share has one quantizer, and so has the activation of a layer that is called several times. Everything else
+    stays in float: :func:`report` says what, and why. Preparing again with the same arguments changes nothing.
 
     Args:
-        model: any module; subclasses of Linear and Conv2d are left alone.
-        config: the quantizers.
-        first_last_bits: bit-width of the first and the last of these layers, weight and input; None treats all alike.
+        model: any module.
+        config: the quantizers of every layer.
+        first_last_bits: bit-width of the first and the last of these layers in order of registration, and of layers
+            that share their weights; None treats all alike.
+        overrides: layer name or pattern (``fnmatch``) -> QConfig for the layers that it matches, options of QSpec that
+            change both quantizers, or None, which leaves them in float. The last pattern that matches a layer decides.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the model has no such layer, or is prepared already; bits out of range.
+        TypeError, ValueError: the model has no such layer, or is prepared otherwise already; a pattern matches no
+            layer; an option is wrong, or does not fit a layer; two layers want different quantizers for one weight. The
+            message names it, and the model is as it was.
     """
-    if any(isinstance(m, QuantizedLayer) for m in model.modules()):
-        checks.fail(ValueError, "model", "a model without quantizers", "one that is prepared already")
-    layers = [m for m in model.modules() if type(m) in TWINS]
-    if not layers:
-        checks.fail(ValueError, "model", "a model with Linear or Conv2d layers", f"{type(model).__name__} without any")
-    if first_last_bits is not None:
-        checks.bit_width(first_last_bits)
-    of_weight: dict[nn.Parameter, FakeQuant] = {}
-    quantizers = []
-    for index, layer in enumerate(layers):
-        edge = first_last_bits is not None and index in (0, len(layers) - 1)
-        changes = {"bits": first_last_bits} if edge else {}
-        quantizers.append(_quantizers_of(layer, config, changes, of_weight))
+    chosen = choose(model, config, first_last_bits, overrides)
+    names = {module: found[0] for module, found in names_of_modules(model).items()}
+    if any(is_twin(module) for module in model.modules()):
+        _check_prepared_alike(chosen, names)
+        return model
+    made: dict[nn.Parameter, FakeQuant] = {}
+    quantizers = {layer: _quantizers_of(layer, names[layer], choice, made) for layer, choice in chosen.items()}
     # All are made by now: a layer that cannot be quantized leaves the model as it was.
-    for layer, (weight_fake_quant, activation_fake_quant) in zip(layers, quantizers, strict=True):
-        layer.__class__ = TWINS[type(layer)]
-        layer.add_module("weight_fake_quant", weight_fake_quant)
-        layer.add_module("activation_fake_quant", activation_fake_quant)
+    try:
+        for layer, choice in chosen.items():
+            setattr(layer, CHOICE, choice)
+            if choice.config is not None:
+                _add(layer, choice.config, quantizers[layer])
+        for module in model.modules():
+            if isinstance(module, nn.MultiheadAttention) and is_twin(module.out_proj) and not is_twin(module):
+                _add(module, QConfig(None, None), {})  # its own forward would go past its projection
+            guard_fused_kernels(module)
+    except BaseException:  # a class that cannot be changed, an attribute in the way
+        remove(model)
+        raise
     return model
 
 
+def _check_prepared_alike(chosen: dict[nn.Module, Choice], names: dict[nn.Module, str]) -> None:
+    for layer, choice in chosen.items():
+        found: Choice | None = getattr(layer, CHOICE, None)
+        if found is None or found.config != choice.config:
+            got = "not prepared" if found is None else "left in float" if found.config is None else f"{found.config}"
+            wanted = f"{choice.config or 'float'} (call fastqat.remove(model) before another configuration)"
+            checks.fail(ValueError, f"layer {names[layer]!r} of a prepared model", wanted, got)
+
+
 def _quantizers_of(
-    layer: nn.Module, config: QConfig, changes: dict[str, Any], of_weight: dict[nn.Parameter, FakeQuant]
-) -> tuple[FakeQuant | None, FakeQuant | None]:
-    """Quantizers of a layer's weight and input; that of a weight is made once and kept in of_weight."""
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    activation_fake_quant: FakeQuant | None = None
-    if config.weight is not None and weight not in of_weight:
-        of_weight[weight] = _build(replace(config.weight, **changes), weight.device)
-        of_weight[weight].right_inverse(weight)
-    if config.activation is not None:
-        activation_fake_quant = _build(replace(config.activation, **changes), weight.device)
-        activation_fake_quant.follows(weight)
-    return of_weight.get(weight), activation_fake_quant
+    layer: nn.Module, name: str, choice: Choice, made: dict[nn.Parameter, FakeQuant]
+) -> dict[str, FakeQuant | None]:
+    """Quantizers of a layer by the name of what they quantize; those of weights are made once and kept in made."""
+    config = choice.config
+    if config is None:
+        return {}
+    weights = {weight_name: getattr(layer, weight_name) for weight_name in weight_names(layer)}
+    first = next(iter(weights.values()))
+    try:
+        for weight in weights.values():
+            if config.weight is not None and weight not in made:
+                made[weight] = _of_weight(layer, weight, config.weight)
+        activation = None if config.activation is None else _build(config.activation, first.device)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from None
+    if activation is not None:
+        activation.follows(first)
+    quantized = {name: made[w] if config.weight is not None else None for name, w in weights.items()}
+    return {**quantized, "activation": activation}
+
+
+def _of_weight(layer: nn.Module, weight: nn.Parameter, spec: QSpec) -> FakeQuant:
+    quantizer = _build(spec, weight.device)
+    quantizer.right_inverse(quantized_view(layer, weight))
+    quantizer.follows(weight)
+    return quantizer
 
 
 def _build(spec: QSpec, device: torch.device) -> FakeQuant:
     return FakeQuant(**asdict(spec), device=device)
 
 
-def _inputs(batch: Any) -> tuple[Any, ...]:
-    """The model's arguments of a batch: a tensor, or the first of (inputs, targets)."""
-    return (batch[0] if isinstance(batch, (tuple, list)) else batch,)
+def _add(layer: nn.Module, config: QConfig, quantizers: Mapping[str, FakeQuant | None]) -> None:
+    """Make a layer its twin, with these quantizers."""
+    to_twin(layer)
+    for name in _quantizer_names(layer):
+        quantizer = quantizers.get(name.removesuffix("_fake_quant"))
+        layer.add_module(name, None if quantizer is None else quantizer.train(layer.training))
+    layer.activation_on = config.activation_on  # type: ignore[assignment]  # not a Tensor or Module
+
+
+def _quantizer_names(layer: nn.Module) -> list[str]:
+    return [f"{name}_fake_quant" for name in (*twin_type(layer).weight_names, "activation")]
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Set the ranges of the activation quantizers from some batches, in evaluation mode.
+def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
+    """Undo :func:`prepare`, in place: the layers get their classes back, and lose their quantizers.
 
-    While it runs, the quantizers being calibrated pass their input through; those of weights quantize as ever.
+    A model without quantized layers stays as it is, and so does a FakeQuant that ``prepare`` did not make.
+
+    Args:
+        model: any module.
+        keep: "float" leaves the weights as they are; "quantized" writes into each the value that its quantizer gives.
+            A layer that was left in float and shares a quantized weight gets that value too.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: keep is something else, or a layer was parametrized after it was prepared; the message names it,
+            and the model is as it was.
+    """
+    checks.choice("keep", keep, ("float", "quantized"))
+    twins = {module: name for name, module in model.named_modules() if is_twin(module)}
+    for twin, name in twins.items():
+        if changed_since(twin):
+            checks.fail(ValueError, f"layer {name!r}", "the class that prepare gave it", type(twin).__name__)
+    if keep == "quantized":
+        _write_quantized_weights(twins)
+    for module in list(model.modules()):
+        module.__dict__.pop(CHOICE, None)
+        if is_twin(module):
+            for name in _quantizer_names(module):
+                module._modules.pop(name, None)
+            module.__dict__.pop("activation_on", None)
+        to_original(module)
+    return model
+
+
+def _write_quantized_weights(twins: Iterable[Any]) -> None:
+    """Replace each quantized weight by its value."""
+    for twin in twins:
+        for name, quantizer in twin.weight_quantizers().items():
+            weight = getattr(twin, name)
+            quantizer.eval()  # the range stays where it is: a weight that is shared is written again as it is
+            # The view may be a copy: the move of the channels is its own inverse.
+            weight.copy_(quantized_view(twin, quantizer(quantized_view(twin, weight))))
+
+
+class fake_quant_enabled:  # a function to its users, who may write `with` before it
+    """Switch all quantizers of a model on or off: ``fake_quant_enabled(model, False)``, or for a while with ``with``.
+
+    Where they are off, outputs and gradients are those of the float model, bit for bit.
 
     Args:
         model: a module that contains quantizers.
-        batches: inputs, or (inputs, targets) of which only the inputs are used; moved to the device of the model.
-
-    Returns:
-        The model, in the training mode that it had.
+        enabled: False passes every tensor through unchanged.
 
     Raises:
-        ValueError: there is nothing to calibrate, no batch, or a quantizer that saw no data; the message names it.
+        ValueError: the model contains none.
     """
-    weights = {id(m.weight_fake_quant) for m in model.modules() if isinstance(m, QuantizedLayer)}
-    weights |= {id(q) for m in model.modules() if isinstance(m, ParametrizationList) for q in m}
-    quantizers = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, FakeQuant) and m.range != "fixed" and id(m) not in weights
-    }
-    if not quantizers:
-        checks.fail(ValueError, "model", "a model with quantizers to calibrate", type(model).__name__)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        for q in quantizers.values():
-            q.begin_calibration()
-        count = 0
-        for batch in batches:
-            model(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in _inputs(batch)))
-            count += 1
-    finally:
-        blind = [name for name, q in quantizers.items() if not q.end_calibration()]
-        for m, mode in modes.items():
-            m.training = mode
-    if blind:
-        got = f"{count} batches, in which these saw none: {', '.join(blind)}"
-        checks.fail(ValueError, "batches", "data for every quantizer", got)
-    return model
+
+    def __init__(self, model: nn.Module, enabled: bool = True) -> None:
+        self.previous = {m: m.fake_quant_enabled for m in model.modules() if isinstance(m, FakeQuant)}
+        if not self.previous:
+            checks.fail(ValueError, "model", "a model with quantizers", f"{type(model).__name__} without any")
+        for quantizer in self.previous:
+            quantizer.fake_quant_enabled = enabled
+
+    def __enter__(self) -> fake_quant_enabled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for quantizer, enabled in self.previous.items():
+            quantizer.fake_quant_enabled = enabled
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:

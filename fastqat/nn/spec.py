@@ -83,7 +83,23 @@ def code_range(bits: int, signed: bool, restricted: bool) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class QConfig:
-    """Quantizers of a layer: of its weight and of its input; None leaves that tensor in float."""
+    """Quantizers of a layer: of its weight and of its activation; None leaves that tensor in float.
+
+    Args:
+        weight: its axis 0 is that of the output channels, whatever the layer; in an embedding that of the rows.
+        activation: one quantizer per layer.
+        activation_on: "input" or "output" of the layer.
+
+    Raises:
+        TypeError, ValueError: naming the option, what was wanted, and what came.
+    """
 
     weight: QSpec | None = QSpec(axis=0)
     activation: QSpec | None = QSpec()
+    activation_on: str = "input"
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "activation"):
+            if not isinstance(getattr(self, name), (QSpec, type(None))):
+                checks.fail(TypeError, name, "a QSpec or None", repr(getattr(self, name)))
+        checks.choice("activation_on", self.activation_on, ("input", "output"))

@@ -1,0 +1,148 @@
+"""Which twin a layer has, or why it has none; and the change of class that makes a layer its twin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fastqat.nn import attention, layers
+from fastqat.nn.layers import QuantizedLayer
+from fastqat.ops import checks
+
+TWINS: dict[type[nn.Module], type[Any]] = {
+    twin.original: twin
+    for twin in (
+        layers.Linear,
+        layers.Conv1d,
+        layers.Conv2d,
+        layers.Conv3d,
+        layers.ConvTranspose1d,
+        layers.ConvTranspose2d,
+        layers.ConvTranspose3d,
+        layers.Embedding,
+        attention.MultiheadAttention,
+    )
+}
+_GUARDED: dict[type[nn.Module], type[Any]] = {
+    guarded.original: guarded for guarded in (attention.TransformerEncoderLayer, attention.TransformerEncoder)
+}
+# What a twin takes over or calls: a subclass that has one of its own may compute anything.
+_METHODS = ("__call__", "forward", "_conv_forward", "_output_padding")
+
+
+def is_twin(module: nn.Module) -> bool:
+    """True for a layer that ``prepare`` has made its twin."""
+    return isinstance(module, QuantizedLayer)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or the one that it had before it became a twin."""
+    cls: Any = type(module)
+    return cls.original if isinstance(module, (QuantizedLayer, *_GUARDED.values())) else cls
+
+
+def torch_layer(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of torch's own that this one is or descends from, if that one has a twin."""
+    return next((base for base in cls.__mro__ if base in TWINS), None)
+
+
+def twin_type(layer: nn.Module) -> type[QuantizedLayer]:
+    """The twin of torch's layer that this layer is or descends from."""
+    base = torch_layer(original_class(layer))
+    assert base is not None
+    return TWINS[base]
+
+
+def weight_names(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the weights of a layer that has a twin."""
+    return tuple(name for name in twin_type(layer).weight_names if getattr(layer, name, None) is not None)
+
+
+def quantized_view(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight of a layer that has a twin as its quantizer sees it: [output channels, ...]."""
+    return twin_type(layer).output_channels_first(weight, getattr(layer, "groups", 1))
+
+
+def layout(layer: nn.Module) -> object:
+    """Where a layer keeps its output channels; layers that share a quantizer along an axis must agree."""
+    move = twin_type(layer).output_channels_first
+    return None if move is QuantizedLayer.output_channels_first else (move, getattr(layer, "groups", 1))
+
+
+def why_without_twin(layer: nn.Module) -> str | None:
+    """Why a layer cannot become a twin, or None if it can."""
+    cls = original_class(layer)
+    base = torch_layer(cls)
+    if base is None:
+        return f"{cls.__name__} has no quantized twin"
+    for name in _METHODS:
+        if getattr(cls, name, None) is not getattr(base, name, None):
+            return f"{cls.__name__} has a {name} of its own"
+        if name in layer.__dict__:
+            return f"this {cls.__name__} had its {name} replaced"
+    names = weight_names(layer)
+    for name in names:
+        weight = layer._parameters.get(name)
+        if weight is None:
+            return f"its {name} is computed, not a Parameter of its own"
+        if weight.dtype not in checks.FLOAT_DTYPES:
+            return f"its {name} is {weight.dtype}"
+    if isinstance(layer, nn.Embedding) and layer.sparse:
+        return "its gradient is sparse"
+    return None if names else "it has no weight"
+
+
+def without_values(layer: nn.Module) -> str | None:
+    """The first weight of a layer that has no values yet (lazy, or on the meta device), or None."""
+    for name in weight_names(layer):
+        weight = layer._parameters[name]
+        if weight is not None and (is_lazy(weight) or weight.is_meta):
+            return name
+    return None
+
+
+def to_twin(layer: nn.Module) -> None:
+    """Make a layer its twin, in place."""
+    layer.__class__ = _twin_class(twin_type(layer), type(layer))
+
+
+def guard_fused_kernels(module: nn.Module) -> None:
+    """Make an encoder that would go past the quantizers of its layers one that does not, in place."""
+    for cls, guarded in _GUARDED.items():
+        if isinstance(module, cls) and not isinstance(module, guarded):
+            module.__class__ = _twin_class(guarded, type(module))
+
+
+def to_original(module: nn.Module) -> None:
+    """Give a module the class back that it had before, in place."""
+    module.__class__ = original_class(module)
+
+
+def changed_since(module: nn.Module) -> bool:
+    """True for a twin whose class is another one than it was given, as a parametrization of its weight makes it."""
+    return is_twin(module) and type(module) is not _twin_class(twin_type(module), original_class(module))
+
+
+_subclasses: dict[tuple[Any, Any], type[Any]] = {}
+
+
+def _twin_class(twin: type[Any], cls: type[nn.Module]) -> type[Any]:
+    """The twin of a class: ``twin``, or for a subclass of torch's layer one that is still an instance of it."""
+    if twin.original is cls:
+        return twin
+    if (twin, cls) not in _subclasses:
+        body = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce__": _reduce}
+        _subclasses[twin, cls] = type(cls.__name__, (twin, cls), {**body, "original": cls, "twin": twin})
+    return _subclasses[twin, cls]
+
+
+def _reduce(self: Any) -> tuple[Any, ...]:
+    """Copy and pickle by the two classes that have a name to be found under."""
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # no such method before Python 3.11
+    return _new, (type(self).twin, type(self).original), state
+
+
+def _new(twin: type[Any], cls: type[nn.Module]) -> Any:
+    return nn.Module.__new__(_twin_class(twin, cls))
