@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -20,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from fastqat.nn.fake_quant import FakeQuant
-from fastqat.nn.observe import evaluating, run_batch
+from fastqat.nn.observe import eagerly, evaluating, run_batch
 from fastqat.ops import checks
 
 PIECE = 2**18  # elements that are float64 at a time: a whole activation would take several times its memory
@@ -84,7 +83,7 @@ def reestimate_bn(
     averages = [_Average(name, layer) for name, layer in layers.items()]
     count = 0
     with torch.no_grad():
-        with evaluating(model), _eagerly(), _gathering(averages):
+        with evaluating(model), eagerly(), _gathering(averages):
             for batch in itertools.islice(batches, num_batches):
                 run(model, batch)
                 count += 1
@@ -214,13 +213,6 @@ def _gathering(averages: list[_Average]) -> Iterator[None]:
             layer.track_running_stats = was
         for hook in hooks:
             hook.remove()
-
-
-def _eagerly() -> contextlib.AbstractContextManager[Any]:
-    """Compiled code would pass by the hooks; where nothing has imported the compiler, nothing is compiled."""
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def _write(averages: list[_Average], count: int) -> None:

@@ -184,3 +184,63 @@ def test_progress(package: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     calibrate(net, iter([X, X]))
     assert ("calibrating" in terminal.text) is (package is not None)
     assert all(q.initialized for q in quantizers(copy.deepcopy(net)))
+
+
+def test_a_compiled_model_runs_eagerly() -> None:
+    """Nothing is compiled while quantizers only observe; afterwards the ranges are those of the compiled code too."""
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    net = prepare(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), CONFIG)
+    compiled, x = torch.compile(net, backend=backend), torch.randn(5, 3)
+    calibrate(compiled, [x, 2 * x])
+    assert not graphs
+    expected = net(x)
+    assert torch.equal(compiled(x), expected) and len(graphs) == 1
+
+
+@pytest.mark.parametrize("estimator", ranges.ESTIMATORS)
+def test_the_sign_is_that_of_all_batches(estimator: str) -> None:
+    """A negative value makes the codes signed whenever it comes, whatever the sign was before; without one they are
+    unsigned, and the range is that of the same tensors with the sign given."""
+    x = torch.tensor([[0.5, 1.0, 3.0]])
+    for batches, signed in (([x, -2 * x], True), ([x, 2 * x], False)):
+        nets = [
+            prepare(nn.Sequential(nn.Linear(3, 2)), QConfig(None, QSpec(4, range=estimator, signed=sign)))
+            for sign in (None, signed)
+        ]
+        nets[0](-x if not signed else x)  # decides the other way
+        for net in nets:
+            calibrate(net, batches)
+        free, given = (net[0].activation_fake_quant for net in nets)
+        assert free.codes == given.codes == ((-8, 7) if signed else (0, 15))
+        assert torch.equal(free.scale, given.scale)
+
+
+def test_a_checkpoint_brings_its_sign() -> None:
+    """Also to a quantizer whose first tensor gave it the other one."""
+    nets = [prepare(nn.Sequential(nn.Linear(3, 2)), CONFIG) for _ in range(2)]
+    for net, x in zip(nets, (-torch.ones(1, 3), torch.ones(1, 3)), strict=True):
+        net(x)
+    nets[1].load_state_dict(nets[0].state_dict())
+    assert nets[1][0].activation_fake_quant.codes == (-8, 7)
+
+
+@pytest.mark.parametrize("estimator", ranges.ESTIMATORS)
+def test_batches_without_a_value(estimator: str) -> None:
+    """Empty, or without a finite value: no data for a range, and no part in it."""
+    net = prepare(nn.Sequential(nn.Linear(3, 2)), QConfig(None, QSpec(4, range=estimator)))
+    blind = [torch.full((2, 3), torch.nan), torch.full((2, 3), torch.inf), torch.empty(0, 3)]
+    with pytest.raises(ValueError, match=r"got 3 batches, in which these saw none: 0\.activation_fake_quant$"):
+        calibrate(net, blind)
+    assert not net[0].activation_fake_quant.initialized
+    x = torch.randn(4, 3)
+    calibrate(net, [*blind, x])
+    scale = net[0].activation_fake_quant.scale.clone()
+    calibrate(net, [x])
+    assert torch.equal(net[0].activation_fake_quant.scale, scale)
+    each = fastqat.FakeQuant(4, axis=0, range=estimator)
+    assert each(torch.empty(0, 3)).shape == (0, 3) and each(x).shape == (4, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,3 +211,40 @@ def test_compiled(case: Case) -> None:
     expected = twin(x)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), expected)
+
+
+def test_a_weight_of_zeros_learns() -> None:
+    """It has no range until an optimizer has moved it: a grid set before could round all that it learns to zero."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3, bias=False))
+    nn.init.zeros_(net[0].weight)
+    prepare(net, QConfig(QSpec(8, 0), None))
+    assert net[0].weight_fake_quant.scale.shape == (3,)  # all that an optimizer or DDP asks for is there
+    x, wanted = torch.randn(32, 4), torch.randn(3, 4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    assert not net[0].weight_fake_quant.initialized and torch.equal(net(x), torch.zeros(32, 3))
+    for _ in range(2):
+        optimizer.zero_grad()
+        (net(x) - x @ wanted.T).square().sum().backward()
+        optimizer.step()
+    assert net[0].weight_fake_quant.initialized
+    assert bool((net[0].quantized_weight("cpu") != 0).any())
+
+
+def test_a_checkpoint_that_keeps_shared_tensors_once(tmp_path: Path) -> None:
+    """As safetensors writes it: the quantizer of a tied weight comes back under either name, or is missed by name."""
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    def tied(order: tuple[str, ...]) -> nn.Module:
+        net = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in order})
+        net["a"].weight = net["b"].weight
+        return prepare(net, QConfig(QSpec(3, 0, learn="scale"), None))
+
+    for order in (("a", "b"), ("b", "a")):
+        net, fresh = tied(order), tied(order)
+        safetensors.save_model(net, str(tmp_path / "model.safetensors"))
+        fresh["a"].weight_fake_quant.set_grid(torch.ones(3))
+        safetensors.load_model(fresh, tmp_path / "model.safetensors")
+        assert torch.equal(fresh["a"].weight_fake_quant.scale, net["b"].weight_fake_quant.scale)
+        with pytest.raises(RuntimeError, match=r'Missing key.*"[ab]\.weight_fake_quant\.scale"'):
+            fresh.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))

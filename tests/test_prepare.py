@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -348,3 +349,33 @@ def test_quantizer_parameters() -> None:
     names = {id(p): name for name, p in net.named_parameters()}
     assert all("fake_quant" in names[id(p)] for p in found)
     assert fastqat.quantizer_parameters(prepare(Net(), CONFIG)) == []
+
+
+def test_prepare_comes_before_data_parallel(tmp_path: Any) -> None:
+    """Wrapped before, the processes would not share the gradients of the scales."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        net = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+        with pytest.raises(ValueError, match="model: wanted one .* got DistributedDataParallel at '1'$"):
+            prepare(nn.Sequential(nn.Linear(3, 3), net), CONFIG)
+        assert type(net.module) is nn.Linear
+        prepare(nn.parallel.DistributedDataParallel(prepare(nn.Linear(3, 2), CONFIG)), CONFIG)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("surroundings", (torch.inference_mode, lambda: torch.device("meta")))
+def test_prepare_in_other_surroundings(surroundings: Any) -> None:
+    """The quantizers are where the model is, and can be trained."""
+    net = Net()
+    with surroundings():
+        prepare(net, QConfig(QSpec(4, 0, range="running_minmax"), QSpec(4, learn="scale")))
+    net(X).sum().backward()
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    net(X).sum().backward()
+    assert all(q.initialized and int(q.step) == 1 for q in quantizers(net))
+
+
+def test_a_quantizer_is_made_on_the_default_device() -> None:
+    with torch.device("meta"):
+        assert FakeQuant().qrange.device.type == "meta" and FakeQuant(device="cpu").step.device.type == "cpu"

@@ -215,3 +215,24 @@ def test_table() -> None:
         "  block.3.conv1  Linear  1,000",
     ]
     assert table(("name", "count"), []) == ""
+
+
+def test_a_run_of_a_compiled_model() -> None:
+    """It runs eagerly: the same rows, and nothing is compiled anew."""
+    net = fastqat.calibrate(prepare(Net(), CONFIG), [X]).eval()
+    expected = report(net, X)
+    compiled = torch.compile(net, backend="aot_eager")
+    compiled(X)
+    found = report(compiled, X)
+    assert [row.runs for row in found.quantizers] == [row.runs for row in expected.quantizers]
+    assert [row.operation for row in found.operations or ()] == [row.operation for row in expected.operations or ()]
+    assert not found.never_ran
+
+
+def test_a_run_of_scripted_modules() -> None:
+    """They take no hooks, and count as a part of what holds them."""
+    net = prepare(nn.Sequential(nn.Linear(4, 4), torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4))), CONFIG)
+    net.append(torch.jit.script(nn.Linear(4, 4)))
+    found = report(net, torch.randn(2, 4))
+    assert [(row.layer, row.runs) for row in found.quantizers] == [("0", 1), ("0", 1)]
+    assert [row.layer for row in found.left_in_float] == ["1", "2"]

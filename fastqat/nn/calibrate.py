@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.layers import QuantizedLayer
-from fastqat.nn.observe import Calls, evaluating, run_batch
+from fastqat.nn.observe import Calls, eagerly, evaluating, run_batch
 from fastqat.ops import checks
 
 
@@ -26,7 +26,8 @@ def calibrate(
 ) -> nn.Module:
     """Set the ranges of the activation quantizers from some batches, in one pass and in evaluation mode.
 
-    While it runs, the quantizers being calibrated pass their input through; those of weights quantize as ever.
+    While it runs, the quantizers being calibrated pass their input through; those of weights quantize as ever. A
+    compiled model runs eagerly here.
 
     Args:
         model: a module that contains quantizers.
@@ -39,8 +40,8 @@ def calibrate(
         The model, every module of it in the training mode that it had.
 
     Raises:
-        ValueError: there is nothing to calibrate, no batch, or a quantizer that no tensor reached; the message names
-            it, and the others have their ranges.
+        ValueError: there is nothing to calibrate, no batch, or a quantizer that no finite value reached; the message
+            names it, and the others have their ranges.
     """
     parametrized = {q for m in model.modules() if isinstance(m, ParametrizationList) for q in m}
     of_weights = {q for m in model.modules() if isinstance(m, QuantizedLayer) for q in m.weight_quantizers().values()}
@@ -50,7 +51,7 @@ def calibrate(
         checks.fail(ValueError, "model", "a model with quantizers to calibrate", type(model).__name__)
     run = forward or run_batch
     count = 0
-    with evaluating(model), Calls(named.values()) as calls:
+    with evaluating(model), eagerly(), Calls(named.values()) as calls:
         try:
             for q in observing:
                 q.begin_calibration()

@@ -29,7 +29,7 @@ class FakeQuant(QuantizerState):
         channels: number of channels, or (channels, groups) with group_size, where it is known; else the first tensor
             says.
         scale, zero_point: float32 values for range="fixed", of shape [1], [C] or [C, groups].
-        device: of the parameters.
+        device: of the parameters; None is torch's default device.
         factory_kwargs: what torch.ao passes on; only its device is used.
 
     Attributes:
@@ -62,6 +62,7 @@ class FakeQuant(QuantizerState):
     momentum: float
     percentile: float
 
+    @torch.inference_mode(False)  # what inference makes, training could not change
     def __init__(
         self,
         bits: int = 8,
@@ -74,7 +75,8 @@ class FakeQuant(QuantizerState):
         factory_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
+        device = torch.device(device or (factory_kwargs or {}).get("device") or torch.get_default_device())
+        super().__init__(device)
         spec = QSpec(bits, axis, **options)
         # Plain attributes: a compiled forward guards only those that it reads, and it never reads the bit-width.
         for field in fields(spec):
@@ -82,11 +84,10 @@ class FakeQuant(QuantizerState):
         self.initialized = False
         self.fake_quant_enabled = True
         self.observer_enabled = True
-        self._calibration: ranges.Estimator | None = None
+        self._sign_from_data = self.signed is None and self.symmetric and not self.restricted
+        self._estimators: dict[bool, ranges.Estimator] = {}  # signed -> of its codes, while calibrating
         self._calibrating = False
-        device = torch.device(device or (factory_kwargs or {}).get("device") or "cpu")
         self.register_buffer("qrange", torch.tensor(self.codes, dtype=torch.int32, device=device))
-        self.step = self.step.to(device)
         self._register_parameters(channels, device)
         if self.range == "fixed":
             self._set_fixed(scale, zero_point)
@@ -119,12 +120,12 @@ class FakeQuant(QuantizerState):
         self._write_codes()
 
     def _write_codes(self) -> None:
-        self.qrange.copy_(torch.tensor(self.codes, dtype=torch.int32))
+        self.qrange.copy_(torch.tensor(self.codes, dtype=torch.int32, device=self.qrange.device))
 
     def restore_codes(self) -> None:
         """Take the bit-width and the sign from the loaded qrange; ValueError where it is of another kind of grid."""
         qmin, qmax = self.qrange.tolist()
-        if self.signed is None and self.symmetric and not self.restricted:
+        if self._sign_from_data:
             self.signed = qmin < 0
         self._bits = (qmax - qmin + 1).bit_length() - (not self.restricted)
         if self.codes != (qmin, qmax):
@@ -154,7 +155,7 @@ class FakeQuant(QuantizerState):
                 checks.fail(ValueError, "channels", "(channels, groups) with group_size, else an int", channels)
             self.materialize(shape, device)
 
-    @torch.inference_mode(False)  # what inference makes, training could not change
+    @torch.inference_mode(False)
     def materialize(self, shape: tuple[int, ...], device: torch.device) -> None:
         """Give the parameters, and the range that follows the data, their shape."""
         for name, p in self.named_parameters(recurse=False):
@@ -208,13 +209,17 @@ class FakeQuant(QuantizerState):
 
     def begin_calibration(self) -> None:
         """From now on every forward only observes, until :meth:`end_calibration` sets the range."""
-        self._calibrating, self._calibration = True, None
+        self._calibrating, self._estimators = True, {}
 
     def end_calibration(self) -> bool:
-        """Set the range from what was observed; False if nothing was."""
-        estimator, self._calibrating, self._calibration = self._calibration, False, None
-        if estimator is None:
+        """Set the range from what was observed; False if no finite value was."""
+        estimators, self._calibrating, self._estimators = self._estimators, False, {}
+        if not estimators:
             return False
+        signed, estimator = next(iter(estimators.items()))
+        if self._sign_from_data:
+            self.signed = signed
+            self._write_codes()
         self.set_grid(*estimator.grid())
         if isinstance(estimator, ranges.MinMax) and self.range_low is not None:
             self.range_low.copy_(estimator.low)
@@ -223,24 +228,41 @@ class FakeQuant(QuantizerState):
         return True
 
     def _observe(self, x: Tensor) -> None:
-        """Take a tensor into account while calibrating; the first one decides shapes and the sign of the codes."""
-        if self._calibration is None:
-            self.materialize(checks.scale_shape(x, checks.normalized_axis(x, self.axis), self.group_size), x.device)
-            if self.signed is None and self.symmetric and not self.restricted:
-                self.signed = bool((functional.minmax(x)[0] < 0).item())
-                self._write_codes()
-            grid = ranges.GridSpec(self.axis, self.group_size, *self.codes, self.symmetric)
-            self._calibration = ranges.estimator(self.range, grid, momentum=self.momentum, percentile=self.percentile)
-        self._calibration.observe(x)
+        """Take a tensor into account while calibrating, if it has a finite value."""
+        low = functional.minmax(x)[0]
+        if not low.isfinite():  # minmax looks at finite values alone
+            return
+        if not self._estimators:
+            self._take_shape(x)
+            # Where the data decide the sign, both are estimated until a negative value rules one out.
+            signs = (False, True) if self._sign_from_data else (self.codes[0] < 0,)
+            self._estimators = {signed: self._estimator(signed) for signed in signs}
+        if self._sign_from_data and low < 0:
+            self._estimators.pop(False, None)
+        for estimator in self._estimators.values():
+            estimator.observe(x)
+
+    def _estimator(self, signed: bool) -> ranges.Estimator:
+        codes = code_range(self._bits, signed, self.restricted)
+        grid = ranges.GridSpec(self.axis, self.group_size, *codes, self.symmetric)
+        return ranges.estimator(self.range, grid, momentum=self.momentum, percentile=self.percentile)
+
+    def _take_shape(self, x: Tensor) -> None:
+        self.materialize(checks.scale_shape(x, checks.normalized_axis(x, self.axis), self.group_size), x.device)
 
     def _initialize(self, x: Tensor) -> None:
-        """Set the range from the first tensor that has a finite value."""
+        """Set the range from the first tensor that has a finite value other than 0: zeros say nothing of the scale."""
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "FakeQuant: wanted an initialized range before compilation; got the first tensor inside a compiled "
-                "forward. Call the module once eagerly, or fastqat.calibrate(model, batches)."
+                "forward. Call the module once eagerly, or fastqat.calibrate(model, batches); a weight of zeros has a "
+                "range after the first step that changes it, or by set_grid."
             )
-        if not x.numel() or not functional.minmax(x)[0].isfinite():  # minmax looks at finite values alone
+        if not x.numel():
+            return
+        self._take_shape(x)
+        extremes = torch.stack(functional.minmax(x))
+        if not (extremes.isfinite() & (extremes != 0)).any():
             return
         self.begin_calibration()
         self._observe(x)
@@ -298,7 +320,7 @@ class FakeQuant(QuantizerState):
             return x if out_dtype is None else x.to(out_dtype)
         if not self.initialized:
             self._initialize(x)
-            if not self.initialized:  # an empty tensor, or one without a finite value, has no range
+            if not self.initialized:  # nothing that has a range
                 return x if out_dtype is None else x.to(out_dtype)
         axis = checks.normalized_axis(x, self.axis)
         checks.parameter("FakeQuant.scale", self.scale, x, checks.scale_shape(x, axis, self.group_size))

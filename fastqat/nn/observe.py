@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
@@ -36,6 +37,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled models eagerly: their code passes by hooks, and would be compiled anew for whoever observes."""
+    if "torch._dynamo" not in sys.modules:  # nothing has imported the compiler: nothing is compiled
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def run_batch(model: nn.Module, batch: Any) -> object:
@@ -104,6 +112,8 @@ class FloatOperations(TorchFunctionMode):
     def __enter__(self) -> FloatOperations:
         self.hooks = []
         for module in self.model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks, and runs as a part of what holds it
             self.hooks.append(module.register_forward_pre_hook(lambda m, _: self.running.append(m)))
             self.hooks.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
         return super().__enter__()

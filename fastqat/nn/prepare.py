@@ -38,9 +38,10 @@ def prepare(
 
     Linear, Conv1d-3d, ConvTranspose1d-3d, Embedding (its table only) and MultiheadAttention (its projections) become
     twins that keep their Parameter objects and state_dict keys; so do subclasses that compute as these do. Ranges of
-    the weights are set here; those of the activations by :func:`calibrate`, or by the first batch. A weight that two
-    layers share has one quantizer, and so has the activation of a layer that is called several times. Everything else
-    stays in float: :func:`report` says what, and why. Preparing again with the same arguments changes nothing.
+    the weights are set here (that of a weight of zeros once it has changed); those of the activations by
+    :func:`calibrate`, or by the first batch. A weight that two layers share has one quantizer, and so has the
+    activation of a layer that is called several times. Everything else stays in float: :func:`report` says what, and
+    why. Preparing again with the same arguments changes nothing.
 
     Args:
         model: any module.
@@ -54,15 +55,16 @@ def prepare(
         The model.
 
     Raises:
-        TypeError, ValueError: the model has no such layer, or is prepared otherwise already; a pattern matches no
-            layer; an option is wrong, or does not fit a layer; two layers want different quantizers for one weight. The
-            message names it, and the model is as it was.
+        TypeError, ValueError: the model has no such layer, is prepared otherwise already, or is data-parallel; a
+            pattern matches no layer; an option is wrong, or does not fit a layer; two layers want different quantizers
+            for one weight. The message names it, and the model is as it was.
     """
     chosen = choose(model, config, first_last_bits, overrides)
     names = {module: found[0] for module, found in names_of_modules(model).items()}
     if any(is_twin(module) for module in model.modules()):
         _check_prepared_alike(chosen, names)
         return model
+    _check_not_parallel(names)
     made: dict[nn.Parameter, FakeQuant] = {}
     quantizers = {layer: _quantizers_of(layer, names[layer], choice, made) for layer, choice in chosen.items()}
     # All are made by now: a layer that cannot be quantized leaves the model as it was.
@@ -88,6 +90,14 @@ def _check_prepared_alike(chosen: dict[nn.Module, Choice], names: dict[nn.Module
             got = "not prepared" if found is None else "left in float" if found.config is None else f"{found.config}"
             wanted = f"{choice.config or 'float'} (call fastqat.remove(model) before another configuration)"
             checks.fail(ValueError, f"layer {names[layer]!r} of a prepared model", wanted, got)
+
+
+def _check_not_parallel(names: dict[nn.Module, str]) -> None:
+    """DistributedDataParallel shares the gradients of the parameters that it finds when it wraps a module."""
+    for module, name in names.items():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            got = f"DistributedDataParallel at {name!r}" if name else "DistributedDataParallel"
+            checks.fail(ValueError, "model", "one to wrap after it is prepared", got)
 
 
 def _quantizers_of(

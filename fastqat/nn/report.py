@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.layers import QuantizedLayer
-from fastqat.nn.observe import Calls, FloatOperations, evaluating, nothing_changes
+from fastqat.nn.observe import Calls, FloatOperations, eagerly, evaluating, nothing_changes
 from fastqat.nn.prepare import CHOICE
 from fastqat.nn.selection import candidates, names_of_modules
 from fastqat.nn.table import collapsed, table
@@ -119,9 +119,9 @@ class Report:
 def report(model: nn.Module, example_inputs: Any = None) -> Report:
     """Say what of a model is quantized and how, and what was left in float and why.
 
-    With example inputs the model runs once, in evaluation mode, without gradients and without any change to it. Only
-    then can the report say whether each quantizer runs (a module may use the weight of a layer and never call it), and
-    which sums and products of tensors stay in float.
+    With example inputs the model runs once, eagerly, in evaluation mode, without gradients and without any change to
+    it. Only then can the report say whether each quantizer runs (a module may use the weight of a layer and never call
+    it), and which sums and products of tensors stay in float.
 
     Args:
         model: any module, prepared or not.
@@ -132,7 +132,7 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
     calls, operations = Calls(quantizers), None
     if example_inputs is not None:
         operations = FloatOperations(model)
-        with evaluating(model), nothing_changes(quantizers), calls, operations:
+        with evaluating(model), eagerly(), nothing_changes(quantizers), calls, operations:
             _run(model, example_inputs)
     runs = calls.count if operations is not None else {}
     rows = tuple(_quantizer_rows(names, runs))

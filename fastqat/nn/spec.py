@@ -18,8 +18,8 @@ class QSpec:
         bits: 1 to 8.
         axis: channel dimension with one scale each; None is one scale per tensor.
         group_size: elements that share a scale, counted along all dimensions but axis, flattened.
-        signed: codes from -2^(b-1) to 2^(b-1)-1, or from 0 to 2^b-1. None decides at the first tensor: signed if it
-            has a negative value; an affine grid is unsigned.
+        signed: codes from -2^(b-1) to 2^(b-1)-1, or from 0 to 2^b-1. None leaves it to the tensors that
+            set the range: signed if one has a negative value; an affine grid is unsigned.
         symmetric: no zero point.
         restricted: signed codes from -(2^(b-1)-1), so that the grid is symmetric about 0.
         range: "mse", "minmax", "running_minmax", "percentile", or "fixed" (the user gives the scale). The two min-max

@@ -1,7 +1,8 @@
 """What a quantizer keeps: float32 through any change of the model's dtype, and the rules of its checkpoint.
 
 A quantizer whose range is not set saves nothing. Loading a checkpoint with no key of a quantizer leaves it
-uninitialized, with one warning for the whole load; a checkpoint with only some of its keys is an error.
+uninitialized, with one warning for the whole load; a checkpoint with only some of its keys is an error. One that
+keeps shared tensors under one of their names has ``eps`` alone under the others: there the rest are missing keys.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ class QuantizerState(Timed):
             keys = self._state_keys()
         missing_keys += [prefix + "eps"] if prefix + "eps" not in state_dict else []
         absent = [key for key in keys if prefix + key not in state_dict]
+        if present == ["eps"]:
+            missing_keys += [prefix + key for key in absent]
+            return
         if absent:
             error_msgs.append(
                 f"quantizer {prefix.rstrip('.')!r}: wanted all of its keys ({', '.join(keys)}) or none; "

@@ -24,9 +24,9 @@ class Timed(nn.Module):
 
     step: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
         self._clock: weakref.ref | None = None
         self.tracked = False  # True once the steps of a weight's optimizer advance this module
 
