@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 import fastqat
-from fastqat.train.config import OPTIONS, make_config, recipes
+from fastqat.train.config import OPTIONS, make_config, nearest, recipes
 from fastqat.train.interrupt import Interrupted
 from fastqat.train.options import GROUPS, Option
 
 USER_ERROR = 2
 FAILED = 1
 KILLED = 128  # plus the number of the signal
+FLAGS = [name.replace("_", "-") for name in ("recipe", "resume", *OPTIONS)]
 METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH", tuple: "X", dict: "NAME=VALUE"}
 
 
@@ -40,8 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 for an unknown option or a bad value, with 0 after ``--help``.
     """
-    options = vars(_parser().parse_args(argv))
+    parser = _parser()
+    known, unknown = parser.parse_known_args(argv)
+    options = vars(known)
     command: Callable[[dict[str, Any]], int] = options.pop("command")
+    if unknown and command is train and unknown[0].startswith("--"):
+        parser.error(nearest(unknown[0].partition("=")[0].lstrip("-"), FLAGS))
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return command(options)
     except KeyboardInterrupt:
@@ -77,7 +84,8 @@ def train(options: dict[str, Any]) -> int:
     say(f"{trainer.title}, on {trainer.device}, backend {fastqat.current_backend(trainer.device.type)}", flush=True)
     if resume:
         at = trainer.state.position
-        say(f"goes on with {folder}: {at.phase}, after {at.epoch} epochs and {at.batch} batches", flush=True)
+        done = f"{at.phase}, after {at.epoch} epochs and {at.batch} batches"
+        say(f"goes on with {folder}: {'all is done, but for the curves' if at.phase == 'done' else done}", flush=True)
     try:
         trainer.run()
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -89,8 +97,9 @@ def train(options: dict[str, Any]) -> int:
     except FloatingPointError as error:
         say(f"fastqat train: {error}; what there is so far is in {folder}", file=sys.stderr)
         return FAILED
-    except OSError as error:
-        say(f"fastqat train: {error}; what was saved is in {folder}; when there is room, {go_on}", file=sys.stderr)
+    except (OSError, ValueError) as error:  # a full disk, a broken image: any process may be the one that meets it
+        saved = f"what was saved is in {folder}; when that is put right, {go_on}"
+        print(f"fastqat train: {error}; {saved}", file=sys.stderr)
         return FAILED
     finally:
         trainer.close()
@@ -104,7 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     status_parser = commands.add_parser("status", help="show which backends can run here, and why others cannot")
     status_parser.set_defaults(command=status)
     train_parser = commands.add_parser(
-        "train", help="train a network, quantize it, and train it quantized", argument_default=argparse.SUPPRESS
+        "train",
+        help="train a network, quantize it, and train it quantized",
+        usage="fastqat train [--recipe FILE | --resume DIR] [OPTION ...]",
+        argument_default=argparse.SUPPRESS,
     )
     train_parser.set_defaults(command=train)
     _add_train_options(train_parser)

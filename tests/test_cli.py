@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import fastqat
 from fastqat import cli, models
 from fastqat.train import extras
+from fastqat.train.config import Config
+from fastqat.train.run import default_folder
 
 TINY = ["--limit-train", "128", "--fp32-epochs", "1", "--epochs", "1", "--calibration-batches", "1", "--device", "cpu"]
 
@@ -90,7 +94,12 @@ def test_status_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         (["--batch-size", "0"], "--batch-size: wanted an integer of at least 1; got '0'"),
         (["--data", "mnist"], "--data: wanted one of digits, cifar10, fashion-mnist, folder; got 'mnist'"),
         (["--range", "guess"], "--range: wanted one of minmax, running_minmax, percentile, mse; got 'guess'"),
-        (["--speed", "11"], "unrecognized arguments: --speed 11"),
+        (["--speed", "11"], "unknown option 'speed'; did you mean 'seed'?"),
+        (["--batchsize=3"], "unknown option 'batchsize'; did you mean 'batch-size'?"),
+        (["--resum", "run"], "resume run: wanted the folder of a run; got no config.yaml there"),  # argparse completes
+        (["--recipes", "mine.yaml"], "unknown option 'recipes'; did you mean 'recipe'?"),
+        (["--learning-rate", "1"], "unknown option 'learning-rate'; all are in fastqat train --help"),
+        (["cifar10"], "unrecognized arguments: cifar10"),
         (["--model", "resnet21"], "got 'resnet21'; did you mean 'resnet20'?"),
         (["--model", "resnet20"], "model resnet20: wanted a network that turns images of shape (1, 8, 8)"),
         (["--checkpoint", "absent.pt"], "checkpoint absent.pt: wanted a file; got nothing there"),
@@ -103,9 +112,90 @@ def test_mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[
     assert list(tmp_path.iterdir()) == []
 
 
+UNFIT = """
+import torch
+from torch import nn
+
+class Matmul(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, num_classes))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight
+
+class Aside(Matmul):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.linear, self.unused = nn.Linear(num_classes, num_classes), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.linear(super().forward(x))
+"""
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("Matmul", "model: wanted a model with layers that can be quantized"),
+        ("Aside", "which these saw none: unused.weight_fake_quant, unused.activation_fake_quant"),
+    ],
+)
+def test_network_that_cannot_be_quantized(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, message: str
+) -> None:
+    """It is refused before FP32 training, and not after."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("unfit.py").write_text(UNFIT)
+    assert message in refused(capsys, "train", "--model", f"unfit:{network}", "--out", "run")
+    assert not Path("run").exists()
+
+
+def test_broken_image(capsys: pytest.CaptureFixture[str]) -> None:
+    """It shows when its batch comes: one message names it, and the run goes on when it is mended."""
+    for split, name in itertools.product(("train", "val"), ("bee", "cat")):
+        folder = Path("images") / split / name
+        folder.mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (20, 20), (80 * number, 0, 200)).save(folder / f"{number}.png")
+    broken = Path("images/val/cat/1.png")
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:40])
+    options = ["--data", "folder", "--root", "images", "--image-size", "32", "--model", "resnet20", "--workers", "1"]
+    assert cli.main(["train", *TINY, *options, "--out", "run"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"fastqat train: {broken}: wanted an image that Pillow can read; got ")
+    assert error.endswith("is in run; when that is put right, go on with: fastqat train --resume run\n")
+    broken.write_bytes(whole)
+    assert cli.main(["train", "--resume", "run"]) == 0
+
+
+def test_runs_of_the_same_moment_have_folders_of_their_own() -> None:
+    """As those of a sweep that a shell starts at once."""
+    assert len({default_folder(Config()) for _ in range(20)}) > 1
+
+
+def test_every_phase_shows_what_it_has_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    """PTQ too, and weights that were only loaded: before the training that follows, and not at the end of it."""
+    assert cli.main(["train", *TINY, "--out", "run"]) == 0
+    capsys.readouterr()
+    assert cli.main(["train", *TINY, "--checkpoint", "run/fp32.safetensors"]) == 0
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    reached = [f"{row['phase']}  test {row['test_loss']:.4f} {row['test_accuracy']:7.2%}" for row in rows[:2]]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == reached and lines[3].startswith("QAT epoch 1/1")
+
+
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "invalid choice: 'fly'" in refused(capsys, "fly")
     assert "required: command" in refused(capsys)
+    assert "unrecognized arguments: --lr 1" in refused(capsys, "status", "--lr", "1")
+
+
+def test_a_wrong_option_is_not_buried(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--lr", "fast"])
+    assert len(capsys.readouterr().err.splitlines()) <= 2, "all options are in --help"
 
 
 def test_checkpoint_of_another_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

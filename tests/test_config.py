@@ -83,8 +83,9 @@ def test_recipes_of_the_package(name: str) -> None:
 
 
 MISTAKES = {
-    "unknown": ("learning_rate: 1", "recipe bad.yaml: unknown option 'learning_rate'"),
+    "unknown": ("learning_rate: 1", "recipe bad.yaml: unknown option 'learning_rate'; all are in fastqat train --help"),
     "nearest": ("batchsize: 1", "recipe bad.yaml: unknown option 'batchsize'; did you mean 'batch_size'?"),
+    "capitals": ("LR: 1", "recipe bad.yaml: unknown option 'LR'; did you mean 'lr'?"),
     "dashes": ("weight-decay: 1", "unknown option 'weight-decay'; did you mean 'weight_decay'?"),
     "word": ("lr: fast", "recipe bad.yaml: lr: wanted a number of at least 0; got 'fast'"),
     "truth": ("epochs: true", "epochs: wanted an integer of at least 0; got True"),

@@ -131,6 +131,13 @@ def _batch_norm_case() -> None:
             part.eval()(images),
             nn.functional.batch_norm(images, part.running_mean, part.running_var, part.weight, part.bias),
         )
+    alone = synchronize_batch_norm(nn.Sequential(nn.BatchNorm1d(3)), torch.device("cpu"))[0]
+    try:  # as nn.BatchNorm1d: the variance of one image would be 0 / 0
+        alone(torch.ones(int(processes.main), 3))
+    except ValueError as error:
+        assert "wanted at least 2 values per channel in all processes; got 1" in str(error)
+    else:
+        raise AssertionError("a batch of one image was taken")
     assert processes.any(processes.main, False, True) == [True, False, True]
     assert processes.gather(processes.rank) == [0, 1]
     assert processes.once(lambda: os.getpid()) != os.getpid() or processes.main

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -82,6 +83,15 @@ def test_signals_save_first(
     assert results(Path("a run")) == results(whole)
 
 
+def test_a_signal_is_answered_at_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before the step, or a test of minutes, is over: whoever waits knows what for, and how not to."""
+    stop_at_step(monkeypatch, 2, lambda: (signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM)))
+    assert cli.main(["train", *TINY.split(), "--out", "run"]) == 143
+    answer, stopped = capfd.readouterr().err.split("\n")[1:3]
+    assert answer == "fastqat train: SIGTERM: finishes and saves the running step or test; Ctrl-C again stops at once"
+    assert stopped.startswith("fastqat train: stopped by SIGTERM")
+
+
 def test_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
@@ -133,6 +143,54 @@ def test_damaged_checkpoint(
     assert results(stopped) == results(whole)
 
 
+def test_checkpoint_that_the_disk_does_not_give(
+    stopped: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged sector is a damaged checkpoint: the one before it is used."""
+    newest = Checkpoints(stopped / "checkpoints").files()[0]
+    original = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path == newest:
+            raise OSError(errno.EIO, "Input/output error")
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        assert cli.main(["train", "--resume", "run"]) == 0
+    assert f"refused {newest}: [Errno 5] Input/output error" in capsys.readouterr().out
+    assert results(stopped) == results(whole)
+
+
+def test_network_that_is_another_by_now(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A module of the user that was changed between: what differs is named, and nothing happens."""
+    monkeypatch.syspath_prepend(".")
+    Path("changing.py").write_text("from resume_networks import Dropped as make")
+    options = TINY.replace("resume_networks:Dropped", "changing:make").split()
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert cli.main(["train", *options, "--out", "run"]) == 130
+    monkeypatch.delitem(sys.modules, "changing")
+    Path("changing.py").write_text("from resume_networks import without_batch_norm as make  # of another length")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastqat train: error: model changing:make: wanted the network of the checkpoint; got ")
+    assert error.count("\n") == 1 and 'Missing key(s) in state_dict: "0.weight"' in error
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+def test_options_of_a_network_need_not_be_those_of_json(tmp_path: Path) -> None:
+    """JSON knows no integers as keys, and YAML does: a run still knows its own checkpoints."""
+    options = {"stages": {1: 16, 2: 32}, "threshold": float("nan")}
+    state = RunState(Config(model_options=options), nn.Linear(2, 2), Processes("cpu"))
+    state.check(unpack(pack(state.snapshot([]))))
+    other = RunState(Config(model_options={**options, "stages": {1: 16, 2: 31}}), nn.Linear(2, 2), Processes("cpu"))
+    with pytest.raises(ValueError, match="wanted a checkpoint of a run with model_options"):
+        other.check(unpack(pack(state.snapshot([]))))
+
+
 def test_no_good_checkpoint(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (stopped / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
@@ -150,7 +208,7 @@ def test_finished_run_only_draws_again(whole: Path, capsys: pytest.CaptureFixtur
     Path("run/curves.png").unlink()
     assert cli.main(["train", "--resume", "run"]) == 0
     assert results(Path("run")) == results(whole) and Path("run/curves.png").exists()
-    assert "goes on with run: done, after 0 epochs and 0 batches" in capsys.readouterr().out
+    assert "goes on with run: all is done, but for the curves" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

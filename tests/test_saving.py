@@ -98,7 +98,7 @@ def test_full_disk(room: int, whole: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert cli.main(["train", *TINY.split(), "--out", "run"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("fastqat train: [Errno 28] No space left on device") and "Traceback" not in error
-    assert error.endswith("what was saved is in run; when there is room, go on with: fastqat train --resume run\n")
+    assert error.endswith("what was saved is in run; when that is put right, go on with: fastqat train --resume run\n")
     assert not [path for path in Path("run").rglob("*") if path.name.endswith(".unfinished")]
     for path in Path("run").glob("checkpoints/*"):
         unpack(path.read_bytes())

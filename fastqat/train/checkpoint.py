@@ -105,7 +105,7 @@ class Checkpoints:
             try:
                 snapshot = unpack(path.read_bytes())
                 check(snapshot)
-            except ValueError as error:
+            except (ValueError, OSError) as error:  # a disk that gives no bytes is a kind of damage
                 print(f"refused {path}: {error}", flush=True)
                 continue
             self._kept = files[index:][::-1]

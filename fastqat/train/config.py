@@ -173,8 +173,8 @@ def parse_options(text: str, source: str) -> dict[str, Any]:
 
 def nearest(key: str, known: Iterable[str]) -> str:
     """Say that an option is unknown, and which known one is nearest."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    close = difflib.get_close_matches(key.lower(), list(known), n=1, cutoff=0.5)
+    return f"unknown option {key!r}; " + (f"did you mean {close[0]!r}?" if close else "all are in fastqat train --help")
 
 
 def read_text(path: Path) -> str:

@@ -143,6 +143,8 @@ class SyncBatchNorm(_BatchNorm):
         count = torch.tensor([x.numel() / x.shape[1]], device=x.device)
         sums: Tensor = _AllReduce.apply(torch.cat([values.sum(dims), count]))
         total = sums[-1].detach()
+        if total == 1:  # its variance is 0 / 0
+            raise ValueError("batch norm: wanted at least 2 values per channel in all processes; got 1")
         mean = sums[:-1] / total
         centred = values - mean.view(shape)
         # Two sums one after the other: the difference of two large ones would lose what the variance is.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+STDERR = 2
 
 
 class Interrupted(Exception):
@@ -25,10 +29,11 @@ class StopSignals:
 
     Args:
         patient: a second SIGINT changes nothing: torchrun sends one of its own to each process.
+        says: the first signal is answered on stderr, as a step or a test may go on for long.
     """
 
-    def __init__(self, patient: bool) -> None:
-        self.patient = patient
+    def __init__(self, patient: bool, says: bool) -> None:
+        self.patient, self.says = patient, says
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -47,4 +52,9 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT and not self.patient:
             raise KeyboardInterrupt
+        if self.received is None and self.says:
+            at_once = "" if self.patient else "; Ctrl-C again stops at once"
+            text = f"{signal.Signals(number).name}: finishes and saves the running step or test{at_once}"
+            with contextlib.suppress(OSError):  # not print: a signal may come while that is busy
+                os.write(STDERR, f"\nfastqat train: {text}\n".encode())
         self.received = number

@@ -115,11 +115,16 @@ class Progress:
         """
         epoch = f"{row['epoch']:>{len(str(self.epochs))}}/{self.epochs}"
         train = f"train {row['train_loss']:.4f} {row['train_accuracy']:7.2%}"
-        test = f"test {row['test_loss']:.4f} {row['test_accuracy']:7.2%}"
-        if "ema_test_accuracy" in row:
-            test += f"  average {row['ema_test_loss']:.4f} {row['ema_test_accuracy']:7.2%}"
-        line = f"{self.phase} epoch {epoch}  {train}  {test}  {row['images_per_second']:,.0f} images/s"
+        line = f"{self.phase} epoch {epoch}  {train}  {test_text(row)}  {row['images_per_second']:,.0f} images/s"
         self.console.print(line, soft_wrap=True)
+
+
+def test_text(row: dict[str, Any]) -> str:
+    """Say what a row of ``metrics.jsonl`` has reached on the test images."""
+    text = f"test {row['test_loss']:.4f} {row['test_accuracy']:7.2%}"
+    if "ema_test_accuracy" in row:
+        text += f"  average {row['ema_test_loss']:.4f} {row['ema_test_accuracy']:7.2%}"
+    return text
 
 
 def _make_bar(console: Any) -> Any:

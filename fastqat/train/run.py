@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from abc import ABC, abstractmethod
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -53,12 +54,17 @@ class Run(ABC):
         self.data = dataset.limit_train(config.limit_train or len(dataset.train)).to(self.device)
         seed_random(config.seed)
         self.model = self._build()
+        self.check()
         self.state = RunState(config, self.model, self.processes)
-        self.signals = StopSignals(patient=self.processes.world_size > 1)
+        self.signals = StopSignals(patient=self.processes.world_size > 1, says=self.processes.main)
         self.saved = time.monotonic()
         self.folder = self._restore(resume) if resume else self._start()
         if config.tensorboard:
             self.folder.open_board()
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise a ValueError where a later phase would find that the network is not fit for it."""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -206,4 +212,5 @@ def default_folder(config: Config) -> Path:
     """Name the folder of a run by what it does and when it starts."""
     bits = f"w{config.bits_weight}a{config.bits_activation}"
     model = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in config.model)
-    return Path("runs") / f"{config.data}-{model}-{bits}-{time.strftime('%Y%m%d-%H%M%S')}"
+    started = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # to the microsecond: a sweep starts many runs at once
+    return Path("runs") / f"{config.data}-{model}-{bits}-{started}"

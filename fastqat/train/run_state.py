@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,7 +99,7 @@ class RunState:
         """Raise a ValueError where a snapshot is of a run with other options."""
         wanted, got = _decisive(self.config), snapshot.facts["config"]
         for name in wanted:
-            if wanted[name] != got.get(name):
+            if json.dumps(wanted[name]) != json.dumps(got.get(name)):  # a checkpoint has been through JSON
                 raise ValueError(f"wanted a checkpoint of a run with {name} {wanted[name]!r}; got {got.get(name)!r}")
 
     def restore(self, snapshot: Snapshot, prepare: Callable[[], object]) -> None:
@@ -107,12 +108,19 @@ class RunState:
         Args:
             snapshot: of a run with the same options.
             prepare: quantizes the network; used if it was quantized by then.
+
+        Raises:
+            ValueError: the network is another one by now, as the code that makes it may have changed.
         """
         facts = snapshot.facts
         self.position, self.best = Position(**facts["position"]), facts["best"]
         if PHASES.index(self.position.phase) > PHASES.index("PTQ"):
             prepare()
-        self.model.load_state_dict(_part(snapshot.tensors, "model"))
+        try:
+            self.model.load_state_dict(_part(snapshot.tensors, "model"))
+        except RuntimeError as error:
+            wanted, got = "the network of the checkpoint", " ".join(str(error).split())
+            raise ValueError(f"model {self.config.model}: wanted {wanted}; got {got}") from None
         if average := _part(snapshot.tensors, "average"):
             self.average = AveragedModel(self.model, self.config.ema)
             self.average.module.load_state_dict(average)

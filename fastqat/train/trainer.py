@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,7 +17,7 @@ import fastqat
 from fastqat.train.config import Config
 from fastqat.train.curves import draw_curves
 from fastqat.train.optimization import scale_optimizer, weight_optimizer
-from fastqat.train.progress import print_table
+from fastqat.train.progress import print_table, test_text
 from fastqat.train.run import Run
 from fastqat.train.run_folder import Row
 from fastqat.train.run_state import PHASES
@@ -64,9 +65,15 @@ class Trainer(Run):
         config = self.config
         epochs = 0 if config.checkpoint else config.fp32_epochs
         optimizer = weight_optimizer(config, list(self.model.parameters()), config.fp32_lr)
-        row = self.fit("FP32", [optimizer], epochs) or self.measure("FP32")
+        row = self.fit("FP32", [optimizer], epochs) or self.test("FP32")
         self.enter("PTQ")
         return row
+
+    def check(self) -> None:
+        """Raise a ValueError where the network cannot be quantized, or does not use all that would be."""
+        self.prepare()
+        fastqat.calibrate(self.model, [torch.zeros(1, *self.data.image_shape)], progress=False)
+        fastqat.remove(self.model)
 
     def prepare(self) -> None:
         """Quantize weights and inputs of the layers."""
@@ -81,7 +88,7 @@ class Trainer(Run):
             config.batch_size, seed=config.seed, epoch=config.fp32_epochs, augment=False, workers=config.workers
         )
         fastqat.calibrate(self.model, itertools.islice(batches, config.calibration_batches))
-        row = self.measure("PTQ")
+        row = self.test("PTQ")
         self.save_weights(row)
         self.enter("QAT")
         return row
@@ -93,6 +100,13 @@ class Trainer(Run):
         optimizers = [weight_optimizer(config, self.weights(scales), config.lr), scale_optimizer(config, scales)]
         row = self.fit("QAT", optimizers, config.epochs)
         self.enter("done")
+        return row
+
+    def test(self, phase: str) -> Row:
+        """Measure and show a phase without epochs; return its row."""
+        row = self.measure(phase)
+        if self.processes.main:
+            print(f"{phase}  {test_text(row)}", flush=True)
         return row
 
     def weights(self, scales: list[nn.Parameter]) -> list[nn.Parameter]:
