@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, TINY, flip, results, stop_at_step, undisturbed
+from small_runs import SMALL, TINY, flip, results, stop_at_step, undisturbed
 from torch import nn
 
 from fastqat import cli

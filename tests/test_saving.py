@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, flip, results, undisturbed
+from small_runs import TINY, flip, results, undisturbed
 from torch import nn
 
 from fastqat import cli
