@@ -35,7 +35,11 @@ def qrange_tensor(qmin: int, qmax: int, device: torch.device) -> Tensor:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # a fake or traced tensor must not be kept
         checks.code_range(qmin, qmax)
         return torch.tensor([qmin, qmax], dtype=torch.int32, device=device)
-    return _cached_qrange(qmin, qmax, device)
+    try:
+        return _cached_qrange(qmin, qmax, device)
+    except TypeError:  # that of an unhashable bound does not name it
+        checks.code_range(qmin, qmax)
+        raise
 
 
 def _checked_grid(

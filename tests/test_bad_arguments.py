@@ -55,6 +55,7 @@ GRID = (
     (lambda: fq(offset=torch.ones(2)), ValueError, "offset", "shape [1]", "[2]"),
     (lambda: fq(zero_point=S, offset=S), ValueError, "zero_point, offset", "at most one", "both"),
     (lambda: fq(qmin=-8.0), TypeError, "qmin", "an int", "-8.0"),
+    (lambda: fq(qmin=[-8]), TypeError, "qmin", "an int", "[-8]"),
     (lambda: fq(qmax=True), TypeError, "qmax", "an int", "True"),
     (lambda: fq(qmin=7), ValueError, "qmin, qmax", "qmin < qmax", "7, 7"),
     (lambda: fq(qmin=-1, qmax=255), ValueError, "qmin, qmax", "256 codes", "-1, 255"),

@@ -19,12 +19,7 @@ from fastqat.train.ema import AveragedModel
 from fastqat.train.extras import import_extra
 from fastqat.train.optimization import Updates, schedule_factor, weight_optimizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
 
 def flags(*argv: str) -> dict[str, Any]:

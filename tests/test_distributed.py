@@ -24,7 +24,7 @@ from fastqat.train.extras import import_extra
 from fastqat.train.trainer import Trainer
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "in_empty_folder"),
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
 ]
 HERE = Path(__file__).resolve().parent
@@ -36,12 +36,6 @@ KINDS = {
     "pieces": "--model resume_networks:without_batch_norm --accumulate 3 --clip-norm 0.5",
 }
 TIMES = ("seconds", "images_per_second")
-
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(HERE))
 
 
 def rows(folder: str) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from fastqat.train.distributed import Processes
 from fastqat.train.random_state import random_state, restore_random_state, seed_random
 from fastqat.train.run_state import RunState
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 HERE = Path(__file__).resolve().parent
 TRICKY = f"{SMALL} --limit-train 180 --calibration-batches 2 --ema 0.9 --accumulate 2 --warmup-epochs 1 --save-steps 2"
 
@@ -34,12 +34,6 @@ TRICKY = f"{SMALL} --limit-train 180 --calibration-batches 2 --ema 0.9 --accumul
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return undisturbed(tmp_path_factory.mktemp("runs") / "whole")
-
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(HERE))
 
 
 def test_kills_at_any_moment(tmp_path: Path) -> None:

@@ -21,19 +21,13 @@ from fastqat.train.checkpoint import Checkpoints, Snapshot, pack, unpack
 from fastqat.train.diagnosis import first_non_finite
 from fastqat.train.training import Training
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return undisturbed(tmp_path_factory.mktemp("runs") / "whole")
-
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(HERE))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -29,8 +29,8 @@ struct Max {
   }
 };
 
-// Reduces the terms of n elements, terms_of(i) = array of kTerms, to reduced[q]: of a row one float32 per lane, each of
-// n / kLanes additions at most; of columns, the term of each. For use in a kernel loop: terms_of may store results.
+// Reduces the first kTerms of the array terms_of(i), for n elements, to reduced[q]: of a row one float32 per lane, each
+// of a kLanes-th of the elements; of columns, the term of each. For use in a kernel loop: terms_of may store results.
 template <class Op, int kTerms, bool kRow, class TermsOf>
 inline __attribute__((always_inline)) void reduce_span(int64_t n, float* const* reduced, const TermsOf& terms_of) {
   if (!kRow) {

@@ -50,7 +50,6 @@ class Dataset(ABC):
     def to(self, device: torch.device) -> Dataset:
         """Return the data set with batches on a device."""
 
-    @abstractmethod
     def train_batches(
         self,
         batch_size: int,
@@ -63,7 +62,7 @@ class Dataset(ABC):
         augment: bool = True,
         workers: int = 0,
     ) -> Iterator[Batch]:
-        """Yield the batches of one shuffled epoch, from global batch ``start`` to the last.
+        """Iterate over the batches of one shuffled epoch, from global batch ``start`` to the last.
 
         Args:
             batch_size: images of a global batch, of all ranks together.
@@ -77,10 +76,33 @@ class Dataset(ABC):
         Raises:
             ValueError: an argument is out of range, or an image cannot be read.
         """
+        length = len(self.train)
+        slices = batch_slices(length, batch_size, start=start, rank=rank, world_size=world_size)
+        return self._train_batches(
+            epoch_order(length, seed, epoch), slices, (seed, epoch) if augment else None, workers
+        )
+
+    def test_batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
+        """Iterate over the test split in its order; arguments and slices are those of :meth:`train_batches`."""
+        slices = batch_slices(len(self.test), batch_size, rank=rank, world_size=world_size)
+        return self._test_batches(slices, workers)
 
     @abstractmethod
-    def test_batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
-        """Yield the test split in its order; arguments and slices are those of :meth:`train_batches`."""
+    def _train_batches(
+        self, order: Tensor, slices: Iterator[slice], augmentation: tuple[int, int] | None, workers: int
+    ) -> Iterator[Batch]:
+        """Yield a batch for each slice of positions.
+
+        Args:
+            order: image at each position, int64 [N] on the CPU.
+            slices: positions of each batch.
+            augmentation: seed and epoch, which with the position decide it; None augments nothing.
+            workers: see :meth:`train_batches`.
+        """
+
+    @abstractmethod
+    def _test_batches(self, slices: Iterator[slice], workers: int) -> Iterator[Batch]:
+        """Yield a batch of test images for each slice."""
 
 
 def batch_slices(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastqat.ops.checks import fail
-from fastqat.train.data.batches import Batch, Dataset, batch_slices, epoch_order, normalise
+from fastqat.train.data.batches import Batch, Dataset, normalise
 from fastqat.train.data.images import open_image, random_resized_crop, resized_centre
 from fastqat.train.extras import import_extra
 
@@ -91,33 +91,19 @@ class FolderDataset(Dataset):
         """Return the data set with batches on a device; decoding stays on the CPU."""
         return dataclasses.replace(self, device=device)
 
-    def train_batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        augment: bool = True,
-        workers: int = 0,
+    def _train_batches(
+        self, order: Tensor, slices: Iterator[slice], augmentation: tuple[int, int] | None, workers: int
     ) -> Iterator[Batch]:
-        """Yield the batches of one epoch (:meth:`Dataset.train_batches`)."""
-        slices = batch_slices(len(self.train), batch_size, start=start, rank=rank, world_size=world_size)
-        order = epoch_order(len(self.train), seed, epoch)
         keys: Iterator[list[Key]] = (
             [
-                (int(order[position]), f"{seed} {epoch} {position}" if augment else None)
+                (int(order[position]), "{} {} {}".format(*augmentation, position) if augmentation else None)
                 for position in range(positions.start, positions.stop)
             ]
             for positions in slices
         )
         return self._decode(self.train, keys, workers)
 
-    def test_batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
-        """Yield the test split in its order (:meth:`Dataset.test_batches`)."""
-        slices = batch_slices(len(self.test), batch_size, rank=rank, world_size=world_size)
+    def _test_batches(self, slices: Iterator[slice], workers: int) -> Iterator[Batch]:
         keys: Iterator[list[Key]] = ([(index, None) for index in range(s.start, s.stop)] for s in slices)
         return self._decode(self.test, keys, workers)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastqat.train.data.batches import Batch, Dataset, batch_slices, epoch_generator, epoch_order, normalise
+from fastqat.train.data.batches import Batch, Dataset, epoch_generator, normalise
 
 
 @dataclass(frozen=True)
@@ -71,33 +71,22 @@ class MemoryDataset(Dataset):
         """Return the data set with both splits on a device, where augmentation then runs too."""
         return dataclasses.replace(self, train=self.train.to(device), test=self.test.to(device))
 
-    def train_batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        augment: bool = True,
-        workers: int = 0,
+    def _train_batches(
+        self, order: Tensor, slices: Iterator[slice], augmentation: tuple[int, int] | None, workers: int
     ) -> Iterator[Batch]:
-        """Yield the batches of one epoch (:meth:`Dataset.train_batches`); ``workers`` have nothing to do here."""
         split, device = self.train, self.train.images.device
-        slices = batch_slices(len(split), batch_size, start=start, rank=rank, world_size=world_size)
-        order = epoch_order(len(split), seed, epoch).to(device)
-        moves = crop_flip_moves(len(split), self.crop_padding, self.flip, epoch_generator(seed, epoch, purpose=1))
-        moves = moves.to(device)
+        order = order.to(device)
+        if augmentation:
+            generator = epoch_generator(*augmentation, purpose=1)
+            moves = crop_flip_moves(len(split), self.crop_padding, self.flip, generator).to(device)
         for positions in slices:
             images = split.images[order[positions]]
-            if augment:
+            if augmentation:
                 images = crop_flip(images, self.crop_padding, moves[positions])
             yield normalise(images, self.mean, self.std), split.labels[order[positions]]
 
-    def test_batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
-        """Yield the test split in its order (:meth:`Dataset.test_batches`)."""
-        for positions in batch_slices(len(self.test), batch_size, rank=rank, world_size=world_size):
+    def _test_batches(self, slices: Iterator[slice], workers: int) -> Iterator[Batch]:
+        for positions in slices:
             yield normalise(self.test.images[positions], self.mean, self.std), self.test.labels[positions]
 
 
