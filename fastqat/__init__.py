@@ -4,7 +4,9 @@ from fastqat import functional, nn
 from fastqat._version import __version__
 from fastqat.batch_norm import reestimate_bn
 from fastqat.nn import (
+    Dampening,
     FakeQuant,
+    Oscillation,
     QConfig,
     QSpec,
     Report,
@@ -17,12 +19,16 @@ from fastqat.nn import (
     step,
 )
 from fastqat.ops.select import current_backend, status, use_backend
+from fastqat.schedules import Schedule
 
 __all__ = [
+    "Dampening",
     "FakeQuant",
+    "Oscillation",
     "QConfig",
     "QSpec",
     "Report",
+    "Schedule",
     "__version__",
     "calibrate",
     "current_backend",

@@ -147,7 +147,7 @@ def test_backends_are_listed() -> None:
 
 
 # Lower may not import higher; modules of one rank may import each other. The root re-exports what is below it.
-LAYERS = (("ops", "_version"), ("functional", "autograd"), ("ranges",), ("nn",), ("<method>",), ("<root>",))
+LAYERS = (("ops", "_version"), ("functional", "autograd", "multi_tensor"), ("ranges", "schedules"), ("nn",), ("<method>",), ("<root>",))
 LAYERS += (("models", "train", "export", "report"), ("cli", "__main__"))
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

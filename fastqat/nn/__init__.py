@@ -17,6 +17,7 @@ from fastqat.nn.prepare import fake_quant_enabled, prepare, quantizer_parameters
 from fastqat.nn.report import Report, report
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.timed import step
+from fastqat.nn.tracking import Dampening, Oscillation
 
 __all__ = [
     "Conv1d",
@@ -25,10 +26,12 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Dampening",
     "Embedding",
     "FakeQuant",
     "Linear",
     "MultiheadAttention",
+    "Oscillation",
     "QConfig",
     "QSpec",
     "Report",

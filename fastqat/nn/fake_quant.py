@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from fastqat import autograd, functional, ranges
+from fastqat import autograd, functional, multi_tensor, ranges
+from fastqat.nn.items import item_of
 from fastqat.nn.spec import QSpec, code_range
 from fastqat.nn.state import QuantizerState
+from fastqat.nn.tracking import Dampening, Oscillation, Tracker
 from fastqat.ops import checks
+from fastqat.ops.estimators import ESTIMATORS, kernel_strength
 
 FOLLOWING = ("minmax", "running_minmax")  # ranges that go on following the data while training, unless learned
 
@@ -38,6 +42,10 @@ class FakeQuant(QuantizerState):
         initialized: True once the range is set.
         fake_quant_enabled: False passes x through unchanged.
         observer_enabled: False keeps the two min-max ranges from following the data.
+        tracker: state of oscillation tracking, a :class:`fastqat.nn.tracking.Tracker`; None without it.
+        estimator_strength: float32 [1], the parameter of the estimator, which may be changed in place; None for those
+            that have none. Of "sigmoid" and "dsq" it is the slope k.
+        tensor_id: number of this tensor for stochastic rounding: its place in :func:`fastqat.prepare`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted, and what came.
@@ -61,6 +69,12 @@ class FakeQuant(QuantizerState):
     ste_mask: str
     momentum: float
     percentile: float
+    estimator: str
+    estimator_strength: Any  # Tensor or None
+    seed: int
+    oscillation: Oscillation | None
+    dampening: Dampening | None
+    tracker: Tracker | None
 
     @torch.inference_mode(False)  # what inference makes, training could not change
     def __init__(
@@ -79,8 +93,10 @@ class FakeQuant(QuantizerState):
         super().__init__(device)
         spec = QSpec(bits, axis, **options)
         # Plain attributes: a compiled forward guards only those that it reads, and it never reads the bit-width.
-        for field in fields(spec):
-            setattr(self, "_bits" if field.name == "bits" else field.name, getattr(spec, field.name))
+        for name in (field.name for field in fields(spec) if field.name != "estimator_strength"):
+            setattr(self, "_bits" if name == "bits" else name, getattr(spec, name))
+        self._is_plain = spec.is_plain
+        self.tensor_id = 0
         self.initialized = False
         self.fake_quant_enabled = True
         self.observer_enabled = True
@@ -89,6 +105,12 @@ class FakeQuant(QuantizerState):
         self._calibrating = False
         self.register_buffer("qrange", torch.tensor(self.codes, dtype=torch.int32, device=device))
         self._register_parameters(channels, device)
+        strength = ESTIMATORS[self.estimator][1] if spec.estimator_strength is None else spec.estimator_strength
+        self.register_buffer("estimator_strength", None)
+        if strength is not None:
+            strength = kernel_strength(self.estimator, strength)
+            self.estimator_strength = torch.full((1,), strength, dtype=torch.float32, device=device)
+        self._make_tracker()
         if self.range == "fixed":
             self._set_fixed(scale, zero_point)
         elif scale is not None or zero_point is not None:
@@ -110,14 +132,31 @@ class FakeQuant(QuantizerState):
 
     @property
     def bits(self) -> int:
-        """Bit-width. Setting it changes the codes in place and keeps the scale; nothing is compiled anew."""
+        """Bit-width. Setting it changes the codes in place and keeps the scale; nothing is compiled anew.
+
+        What was tracked of oscillations says nothing of other codes: it is forgotten, with a warning.
+        """
         return self._bits
 
     @bits.setter
     def bits(self, bits: int) -> None:
         checks.bit_width(bits, lowest=2 if self.restricted else 1)
-        self._bits = bits
+        if bits != self._bits and self.tracker is not None and self.tracker.has_tracked:
+            warnings.warn(
+                f"FakeQuant.bits: {self._bits} becomes {bits}; what was tracked of oscillations is reset, frozen "
+                "weights are free again",
+                stacklevel=2,
+            )
+        changed, self._bits = bits != self._bits, bits
         self._write_codes()
+        if changed:
+            self._make_tracker()
+
+    def _make_tracker(self) -> None:
+        """A tracker without a state, or none, as options and bits say."""
+        options = self.oscillation
+        tracked = options is not None and self._bits <= options.max_bits
+        self.tracker = Tracker(options, self._bits, self.qrange.device) if tracked and options else None
 
     def _write_codes(self) -> None:
         self.qrange.copy_(torch.tensor(self.codes, dtype=torch.int32, device=self.qrange.device))
@@ -127,7 +166,10 @@ class FakeQuant(QuantizerState):
         qmin, qmax = self.qrange.tolist()
         if self._sign_from_data:
             self.signed = qmin < 0
+        before = self._bits
         self._bits = (qmax - qmin + 1).bit_length() - (not self.restricted)
+        if self._bits != before:
+            self._make_tracker()
         if self.codes != (qmin, qmax):
             wanted = f"codes of signed={self.signed}, restricted={self.restricted}"
             checks.fail(ValueError, "qrange", wanted, f"{qmin} to {qmax}")
@@ -330,6 +372,13 @@ class FakeQuant(QuantizerState):
             scale, zero_point = self._follow(x)
         if not self.fake_quant_enabled:
             return x if out_dtype is None else x.to(out_dtype)
+        if not self._is_plain:
+            if torch._C._are_functorch_transforms_active():
+                wanted = "no estimator, tracking or dampening under a torch.func transform (use fastqat.functional)"
+                checks.fail(NotImplementedError, "FakeQuant", wanted, f"estimator={self.estimator!r}")
+            return multi_tensor.apply_multi_tensor(
+                [item_of(self, x, scale, zero_point, axis, out_dtype)], self.training
+            )[0]
         return autograd.apply_fake_quantize(
             x,
             scale,
@@ -350,6 +399,8 @@ class FakeQuant(QuantizerState):
             self.follows(weight)
         if not self.initialized:
             self._initialize(weight.detach())
+        if self.tracker is not None:
+            self.tracker.prepare(weight.detach(), self.codes[0])
         return weight
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:

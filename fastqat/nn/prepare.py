@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -67,6 +67,8 @@ def prepare(
     _check_not_parallel(names)
     made: dict[nn.Parameter, FakeQuant] = {}
     quantizers = {layer: _quantizers_of(layer, names[layer], choice, made) for layer, choice in chosen.items()}
+    for number, quantizer in enumerate(_distinct(quantizers)):
+        quantizer.tensor_id = number
     # All are made by now: a layer that cannot be quantized leaves the model as it was.
     try:
         for layer, choice in chosen.items():
@@ -100,6 +102,11 @@ def _check_not_parallel(names: dict[nn.Module, str]) -> None:
             checks.fail(ValueError, "model", "one to wrap after it is prepared", got)
 
 
+def _distinct(quantizers: Mapping[nn.Module, Mapping[str, FakeQuant | None]]) -> list[FakeQuant]:
+    """Every quantizer once, in the order of the layers."""
+    return list(dict.fromkeys(q for of_layer in quantizers.values() for q in of_layer.values() if q is not None))
+
+
 def _quantizers_of(
     layer: nn.Module, name: str, choice: Choice, made: dict[nn.Parameter, FakeQuant]
 ) -> dict[str, FakeQuant | None]:
@@ -130,7 +137,7 @@ def _of_weight(layer: nn.Module, weight: nn.Parameter, spec: QSpec) -> FakeQuant
 
 
 def _build(spec: QSpec, device: torch.device) -> FakeQuant:
-    return FakeQuant(**asdict(spec), device=device)
+    return FakeQuant(**{field.name: getattr(spec, field.name) for field in fields(spec)}, device=device)
 
 
 def _add(layer: nn.Module, config: QConfig, quantizers: Mapping[str, FakeQuant | None]) -> None:

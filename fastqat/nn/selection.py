@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastqat.nn.spec import QConfig, QSpec
+from fastqat.nn.spec import WEIGHT_OPTIONS, QConfig, QSpec
 from fastqat.nn.twins import (
     TWINS,
     layout,
@@ -136,8 +136,9 @@ def _overridden(layer: nn.Module, base: Choice, pattern: str, override: Override
 
 
 def _changed(config: QConfig, changes: dict[str, Any]) -> QConfig:
-    weight, activation = (spec and replace(spec, **changes) for spec in (config.weight, config.activation))
-    return replace(config, weight=weight, activation=activation)
+    weight = config.weight and replace(config.weight, **changes)
+    of_both = {name: value for name, value in changes.items() if name not in WEIGHT_OPTIONS}
+    return replace(config, weight=weight, activation=config.activation and replace(config.activation, **of_both))
 
 
 def _nearest(name: str, names: list[str]) -> str:

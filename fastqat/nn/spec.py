@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastqat import ranges
+from fastqat.nn.tracking import Dampening, Oscillation
 from fastqat.ops import checks
+from fastqat.ops.estimators import ESTIMATORS
 
+WEIGHT_OPTIONS = ("oscillation", "dampening")
 LEARN = (None, "scale", "scale+zero_point", "scale+offset")
 
 
@@ -30,6 +33,13 @@ class QSpec:
         momentum: of "running_minmax".
         percentile: of "percentile".
         eps: floor of the scale.
+        estimator: of the gradient of rounding: "ste", "ewgs", "sigmoid", "dsq", "psg", "pact", or "stochastic"
+            (stochastic rounding in training); see :mod:`fastqat.ops.estimators`.
+        estimator_strength: delta of "ewgs" in steps of the grid (0.2), a of "sigmoid" (1), alpha of "dsq" (0.2),
+            lambda of "psg" (1); None is the default in brackets.
+        seed: of stochastic rounding.
+        oscillation: what to track and freeze; for weights.
+        dampening: the pull to the middle of the bins; for weights.
 
     Raises:
         TypeError, ValueError: naming the option, what was wanted, and what came.
@@ -48,6 +58,11 @@ class QSpec:
     momentum: float = 0.9
     percentile: float = 99.99
     eps: float = 1e-8
+    estimator: str = "ste"
+    estimator_strength: float | None = None
+    seed: int = 0
+    oscillation: Oscillation | None = None
+    dampening: Dampening | None = None
 
     def __post_init__(self) -> None:
         checks.bit_width(self.bits, lowest=2 if self.restricted else 1)
@@ -72,6 +87,36 @@ class QSpec:
             checks.fail(ValueError, "percentile", "50 < percentile <= 100", self.percentile)
         if not self.eps > 0:
             checks.fail(ValueError, "eps", "a positive number", self.eps)
+        self._check_estimator()
+        for name, kind in (("oscillation", Oscillation), ("dampening", Dampening)):
+            if not isinstance(getattr(self, name), (kind, type(None))):
+                checks.fail(TypeError, name, f"fastqat.{kind.__name__}(...) or None", repr(getattr(self, name)))
+        if self.estimator == "stochastic" and self.oscillation is not None and self.oscillation.freezes:
+            wanted = "another estimator beside a freeze_threshold: codes that are drawn anew in each step oscillate"
+            got = f"estimator='stochastic' with freeze_threshold={self.oscillation.freeze_threshold}"
+            checks.fail(ValueError, "estimator", wanted, got)
+
+    def _check_estimator(self) -> None:
+        checks.choice("estimator", self.estimator, tuple(ESTIMATORS))
+        default, strength = ESTIMATORS[self.estimator][1], self.estimator_strength
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            checks.fail(TypeError, "seed", "an int", repr(self.seed))
+        if strength is None:
+            return
+        if default is None:
+            checks.fail(ValueError, "estimator_strength", f"none for estimator={self.estimator!r}", strength)
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+            checks.fail(TypeError, "estimator_strength", "a number", repr(strength))
+        high = 1.0 if self.estimator == "dsq" else float("inf")
+        low_allowed = self.estimator == "ewgs" and strength == 0
+        if not (0 < strength < high or low_allowed):
+            wanted = "a number in (0, 1)" if self.estimator == "dsq" else "a positive number"
+            checks.fail(ValueError, "estimator_strength", f"{wanted} for estimator={self.estimator!r}", strength)
+
+    @property
+    def is_plain(self) -> bool:
+        """True for the straight-through estimator alone, which the ops on one tensor compute."""
+        return self.estimator == "ste" and self.oscillation is None and self.dampening is None
 
 
 def code_range(bits: int, signed: bool, restricted: bool) -> tuple[int, int]:
@@ -102,4 +147,7 @@ class QConfig:
         for name in ("weight", "activation"):
             if not isinstance(getattr(self, name), (QSpec, type(None))):
                 checks.fail(TypeError, name, "a QSpec or None", repr(getattr(self, name)))
+        for name in WEIGHT_OPTIONS:
+            if self.activation is not None and getattr(self.activation, name) is not None:
+                checks.fail(ValueError, "activation", f"a QSpec without {name}, which is for weights", "one with it")
         checks.choice("activation_on", self.activation_on, ("input", "output"))

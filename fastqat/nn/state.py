@@ -17,6 +17,8 @@ from torch.nn.parameter import is_lazy
 
 from fastqat.nn.timed import Timed
 
+OPTIONAL = ("estimator_strength",)  # a checkpoint of another estimator has none: then it stays as it is
+
 _warned_load: list[str] | None = None  # identifies the load_state_dict call that was warned of
 
 
@@ -51,7 +53,7 @@ class QuantizerState(Timed):
 
     def _state_keys(self) -> list[str]:
         tensors = {**self._parameters, **self._buffers}
-        return ["eps", *(name for name, t in tensors.items() if t is not None)]
+        return ["eps", *(name for name, t in tensors.items() if t is not None and name not in OPTIONAL)]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self.initialized:
@@ -92,6 +94,7 @@ class QuantizerState(Timed):
                 f"got a checkpoint without {', '.join(absent)}"
             )
         others = {k: v for k, v in state_dict.items() if k != prefix + "eps"}
+        others.update({prefix + k: self._buffers[k] for k in OPTIONAL if self._buffers.get(k) is not None} | others)
         failures = len(error_msgs)
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if len(error_msgs) == failures and not absent:

@@ -8,6 +8,9 @@ An op is declared once, here. From the declaration follow
 
 A Python backend implements only the second form: ``def <op>(*arguments, *results) -> None``.
 
+An op on many tensors, or one that keeps a state, has one form alone: it writes into tensors that the caller passes
+last, and returns ``()``. See :data:`IN_PLACE_OPS`.
+
 The arguments ``scale, zero_point, offset, qrange, axis, eps`` describe a quantization grid wherever they appear:
 
     scale       float32 [1] per tensor, or [C] with C = x.shape[axis]; the kernels use max(scale, eps)
@@ -54,6 +57,37 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+# One entry per tensor in every list. An empty tensor stands for "none": zero_points, offsets, and all that a tensor
+# without tracking, estimator or dampening has no use for. axes: -1 is per tensor.
+GRIDS = "Tensor[] scales, Tensor[] zero_points, Tensor[] offsets, Tensor[] qranges, int[] axes, float[] eps"
+# Stochastic rounding: Philox with this seed and tensor id, at the tensor's step; tensor id -1 rounds to nearest.
+NOISE = "int[] seeds, int[] tensor_ids, Tensor[] steps"
+
+# Schemas of the ops that only write into what they are given.
+IN_PLACE_OPS: dict[str, str] = {
+    # ys[i] = fake_quantize(xs[i]), frozen weights at their frozen code. `advance` False leaves the state as it is; else
+    # what steps[i] > the last tracked step has changed is recorded (csrc/oscillation.h):
+    #   momenta     of the averages; 0: not tracked, and the five tensors of the state are empty
+    #   thresholds  float32 [1], 0 freezes none; use_average: freezes at the code of the average, not at the current one
+    #   words       uint8 (up to 5 bits) or int16, like x: code - qmin, last direction, frozen (fastqat/ops/words.py)
+    #   frequencies, averages   float32, like x: f and (average - code), both times (1 - momentum)^-t
+    #   counts      int64 [4]: transitions, oscillations, frozen weights; transitions of the last tracked step
+    #   clocks      float64 [3]: (1 - momentum)^-t, the last tracked step (-1: none), its threshold
+    "multi_tensor_fake_quantize": (
+        f"multi_tensor_fake_quantize(Tensor[] xs, {GRIDS}, {NOISE}, float[] momenta, int[] use_average, "
+        "Tensor[] thresholds, bool advance, Tensor(a!)[] words, Tensor(b!)[] frequencies, Tensor(c!)[] averages, "
+        "Tensor(d!)[] counts, Tensor(e!)[] clocks, Tensor(f!)[] ys) -> ()"
+    ),
+    # Gradients of it from one pass over (g, x, words). An empty dscale or dshift asks for none.
+    #   estimators  see fastqat/ops/estimators.py; strengths: float32 [1]
+    #   dampenings  float32 [1]: k, which adds k * (x - y) to dx where x lies in the range and is not frozen
+    "multi_tensor_fake_quantize_backward": (
+        f"multi_tensor_fake_quantize_backward(Tensor[] gs, Tensor[] xs, {GRIDS}, {NOISE}, int[] rounded_masks, "
+        "int[] lsq_grad_scales, int[] estimators, Tensor[] strengths, Tensor[] dampenings, Tensor[] words, "
+        "Tensor(a!)[] dxs, Tensor(b!)[] dscales, Tensor(c!)[] dshifts) -> ()"
+    ),
+}
 
 
 def op(

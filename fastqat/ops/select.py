@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastqat.ops import native, reference, schema, triton
+from fastqat.ops import multi_tensor, native, reference, schema, triton
 
 DEVICE_KEYS = ("CPU", "CUDA")
 
@@ -45,7 +45,15 @@ def _define() -> None:
             _definitions.define(text, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"{schema.NAMESPACE}::{op.name}", _fake(op), lib=_definitions)
         torch.library.register_fake(f"{schema.NAMESPACE}::{op.name}_out", lambda *_: None, lib=_definitions)
+    for name, text in schema.IN_PLACE_OPS.items():
+        _definitions.define(text, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(f"{schema.NAMESPACE}::{name}", lambda *_: None, lib=_definitions)
     _register(_definitions, reference, "CompositeExplicitAutograd")
+
+
+def _in_place(backend: object, name: str) -> Callable[..., None]:
+    """Kernel of an op in :data:`schema.IN_PLACE_OPS`; those of the reference have a module of their own."""
+    return getattr(multi_tensor if backend is reference else backend, name)
 
 
 def _register(library: torch.library.Library, backend: object, key: str) -> None:
@@ -56,6 +64,8 @@ def _register(library: torch.library.Library, backend: object, key: str) -> None
             into = getattr(backend, op.name)
             library.impl(op.name, _functional(op, into), key)
             library.impl(f"{op.name}_out", into, key)
+        for name in schema.IN_PLACE_OPS:
+            library.impl(name, _in_place(backend, name), key)
 
 
 def _why_not_cuda() -> str:

@@ -39,12 +39,23 @@ class Config:
     out: Path | None = option(None, "folder of the run (default: a new one in runs)", group=TASK)
 
     bits_weight: int = option(3, "bits of weights, 1..8", low=1, high=8, group=QUANTIZATION)
-    bits_activation: int = option(3, "bits of activations, 1..8", low=1, high=8, group=QUANTIZATION)
+    bits_activation: int = option(
+        3, "bits of activations, 1..8; 0 leaves them in float", low=0, high=8, group=QUANTIZATION
+    )
+    per_channel: bool = option(True, "weights have a scale per output channel, not per tensor", group=QUANTIZATION)
     first_last_bits: int = option(
         8, "bits of the first and the last layer, 0: as others", low=0, high=8, group=QUANTIZATION
     )
     range: str = option("mse", "how the first ranges are chosen", choices=tuple(ESTIMATORS), group=QUANTIZATION)
     calibration_batches: int = option(8, "training batches that choose the ranges", low=1, group=QUANTIZATION)
+    reestimate_bn: str = option(
+        "never",
+        "when the quantized network is tested with statistics of BN re-estimated, too, and its weights are saved with "
+        "these: after the last epoch, or in every test",
+        choices=("never", "end", "always"),
+        group=QUANTIZATION,
+    )
+    bn_batches: int = option(50, "training batches for that", low=1, group=QUANTIZATION)
 
     epochs: int = option(10, "epochs of quantization-aware training", low=0)
     fp32_epochs: int = option(15, "epochs of FP32 training before it", low=0)
@@ -87,6 +98,11 @@ class Config:
             warmup, epochs = getattr(self, f"{prefix}warmup_epochs"), getattr(self, f"{prefix}epochs")
             if epochs and warmup > epochs:
                 raise ValueError(f"{prefix}warmup_epochs: wanted at most {epochs}, all of the epochs; got {warmup}")
+
+    @property
+    def bit_widths(self) -> str:
+        """Bits of weights and of activations in short, such as W3A3, or W3."""
+        return f"W{self.bits_weight}" + (f"A{self.bits_activation}" if self.bits_activation else "")
 
     def plain(self) -> dict[str, Any]:
         """Return the options as YAML and JSON can hold them."""

@@ -15,6 +15,12 @@ from fastqat.train.extras import import_extra
 
 BAR_PERIOD = 0.2  # seconds between looks at the running loss: each one waits for the device
 LINE_PERIOD = 30.0
+TESTS = {"": "test", "bn_": "re-estimated", "ema_": "average", "bn_ema_": "average re-estimated"}  # by prefix of a row
+COLUMNS = {  # of the table at the end: heading, key of a row, format
+    "top-1": ("test_accuracy", ".2%"),
+    "BN re-estimated": ("bn_test_accuracy", ".2%"),
+    "loss": ("test_loss", ".4f"),
+}
 
 
 class Meter:
@@ -121,10 +127,11 @@ class Progress:
 
 def test_text(row: dict[str, Any]) -> str:
     """Say what a row of ``metrics.jsonl`` has reached on the test images."""
-    text = f"test {row['test_loss']:.4f} {row['test_accuracy']:7.2%}"
-    if "ema_test_accuracy" in row:
-        text += f"  average {row['ema_test_loss']:.4f} {row['ema_test_accuracy']:7.2%}"
-    return text
+    return "  ".join(
+        f"{name} {row[f'{prefix}test_loss']:.4f} {row[f'{prefix}test_accuracy']:7.2%}"
+        for prefix, name in TESTS.items()
+        if f"{prefix}test_loss" in row
+    )
 
 
 def _make_bar(console: Any) -> Any:
@@ -134,7 +141,7 @@ def _make_bar(console: Any) -> Any:
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print accuracy and loss on the test images, one line per phase.
+    """Print what each phase has reached, one line per phase; a column that no row has a value for is left out.
 
     Args:
         title: above the table.
@@ -142,8 +149,10 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     """
     table = import_extra("rich.table").Table(title=title, min_width=len(title))
     table.add_column("")
-    for heading in ("top-1", "loss"):
+    columns = {heading: each for heading, each in COLUMNS.items() if any(each[0] in row for row in rows)}
+    for heading in columns:
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(row["phase"], f"{row['test_accuracy']:.2%}", f"{row['test_loss']:.4f}")
+        values = [format(row[key], form) if key in row else "" for key, form in columns.values()]
+        table.add_row(row["phase"], *values)
     import_extra("rich.console").Console(highlight=False).print(table)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import signal
 import time
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastqat import models
+from fastqat import batch_norm, models
 from fastqat.train import data
 from fastqat.train.config import Config
 from fastqat.train.diagnosis import non_finite_parameters
@@ -56,6 +58,8 @@ class Run(ABC):
         self.model = self._build()
         self.check()
         self.state = RunState(config, self.model, self.processes)
+        self.reestimates = config.reestimate_bn != "never" and bool(running_statistics(self.model))
+        self._tested: dict[str, dict[str, Tensor]] = {}  # state_dicts of the newest row, by the prefix of its results
         self.signals = StopSignals(patient=self.processes.world_size > 1, says=self.processes.main)
         self.saved = time.monotonic()
         self.folder = self._restore(resume) if resume else self._start()
@@ -109,6 +113,9 @@ class Run(ABC):
     def measure(self, phase: str, epoch: int = 0, **training: float) -> Row:
         """Evaluate on the test images, weights and their average, and add a row to the metrics.
 
+        Results with re-estimated statistics of BN, where the options want them, are named ``bn_*``. The network keeps
+        the statistics that it has: training goes on from these.
+
         Args:
             phase: its name.
             epoch: passes over the training images that the phase has made.
@@ -116,25 +123,62 @@ class Run(ABC):
         """
         row = {"phase": phase, "epoch": epoch, **training}
         named = {"": self.model} | ({"ema_": self.state.average.module} if self.state.average else {})
+        self._tested = {}
         for prefix, model in named.items():
-            loss, accuracy = evaluate(model, self.data, self.config.batch_size, self)
-            row |= {f"{prefix}test_loss": loss, f"{prefix}test_accuracy": accuracy}
+            row |= self._test(prefix, model)
+            if self._reestimates_in(phase, epoch):
+                with self._reestimated(model):
+                    row |= self._test(f"bn_{prefix}", model)
+                    self._tested[f"bn_{prefix}"] |= running_statistics(model)
         self.folder.add_metrics(row)
         return row
 
+    def _test(self, prefix: str, model: nn.Module) -> Row:
+        loss, accuracy = evaluate(model, self.data, self.config.batch_size, self)
+        self._tested[prefix] = model.state_dict()
+        return {f"{prefix}test_loss": loss, f"{prefix}test_accuracy": accuracy}
+
+    def _reestimates_in(self, phase: str, epoch: int) -> bool:
+        """Whether a row has results with re-estimated statistics."""
+        config = self.config
+        last = ("QAT", config.epochs) if config.epochs else ("PTQ", 0)
+        return self.reestimates and phase != "FP32" and (config.reestimate_bn == "always" or (phase, epoch) == last)
+
+    def _reestimated(self, model: nn.Module) -> AbstractContextManager[int]:
+        """Context with re-estimated statistics, from batches in an order that no training has."""
+        config, processes = self.config, self.processes
+        batches = self.data.train_batches(
+            config.batch_size,
+            seed=config.seed,
+            epoch=config.fp32_epochs + 1 + config.epochs,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            workers=config.workers,
+        )
+
+        def forward(network: nn.Module, batch: data.Batch) -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+                network(batch[0])
+
+        return batch_norm.reestimated(model, batches, config.bn_batches, forward=forward)
+
     def save_weights(self, row: Row) -> None:
-        """Save the weights that a row of the metrics was measured with; of quantized ones the best so far, too."""
+        """Save the weights that a row of the metrics was measured with; of quantized ones the best so far, too.
+
+        Where it has results with re-estimated statistics of BN, the weights are saved with these.
+
+        Args:
+            row: the newest one.
+        """
         if row["phase"] == "FP32":
-            self.folder.save_weights(self.model, "fp32")
+            self.folder.save_weights(self._tested[""], "fp32")
             return
-        self.folder.save_weights(self.model, "model")
-        candidates = [(row["test_accuracy"], self.model)]
-        if self.state.average:
-            candidates.append((row["ema_test_accuracy"], self.state.average.module))
-        accuracy, model = max(candidates, key=lambda each: each[0])
+        self.folder.save_weights(self._tested.get("bn_", self._tested[""]), "model")
+        best = max(self._tested, key=lambda prefix: row[f"{prefix}test_accuracy"])
+        accuracy = row[f"{best}test_accuracy"]
         if self.state.best is None or accuracy > self.state.best:
             self.state.best = accuracy
-            self.folder.save_weights(model, "best")
+            self.folder.save_weights(self._tested[best], "best")
 
     def save(self) -> None:
         """Write a checkpoint. Every process has to call this.
@@ -195,6 +239,16 @@ def evaluate(
     return meter.read(run.processes.sum if run else None)
 
 
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the running statistics of all layers of batch normalisation, by their state_dict keys."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    return {
+        f"{name}.{key}" if name else key: layer.get_buffer(key).clone()
+        for name, layer in layers.items()
+        for key in ("running_mean", "running_var")
+    }
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device of a name: "cpu", "cuda", or "auto" for the best one.
 
@@ -210,7 +264,6 @@ def choose_device(name: str) -> torch.device:
 
 def default_folder(config: Config) -> Path:
     """Name the folder of a run by what it does and when it starts."""
-    bits = f"w{config.bits_weight}a{config.bits_activation}"
     model = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in config.model)
     started = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # to the microsecond: a sweep starts many runs at once
-    return Path("runs") / f"{config.data}-{model}-{bits}-{started}"
+    return Path("runs") / f"{config.data}-{model}-{config.bit_widths.lower()}-{started}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from fastqat.train.checkpoint import Checkpoints
 from fastqat.train.config import OPTIONS, Config, parse_options, read_text
@@ -54,9 +54,9 @@ class RunFolder:
         self._write("metrics.jsonl", lambda: text.encode())
         self.rows = rows
 
-    def save_weights(self, model: nn.Module, name: str) -> None:
+    def save_weights(self, state: Mapping[str, Tensor], name: str) -> None:
         """Save the state_dict of a network as ``name.safetensors``."""
-        self._write(f"{name}.safetensors", lambda: to_safetensors(model.state_dict()))
+        self._write(f"{name}.safetensors", lambda: to_safetensors(state))
 
     def save_figure(self, figure: Any, name: str) -> None:
         """Save a matplotlib figure as a PNG."""

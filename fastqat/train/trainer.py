@@ -7,6 +7,7 @@ resume.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from fastqat.train.config import Config
 from fastqat.train.curves import draw_curves
 from fastqat.train.optimization import scale_optimizer, weight_optimizer
 from fastqat.train.progress import print_table, test_text
+from fastqat.train.quantization import quantizers
 from fastqat.train.run import Run
 from fastqat.train.run_folder import Row
 from fastqat.train.run_state import PHASES
@@ -32,10 +34,7 @@ class Trainer(Run):
     """
 
     def __init__(self, config: Config, resume: Path | None = None) -> None:
-        weight = fastqat.QSpec(bits=config.bits_weight, axis=0, range=config.range, learn="scale")
-        activation = fastqat.QSpec(bits=config.bits_activation, range=config.range, learn="scale")
-        self.qconfig = fastqat.QConfig(weight, activation)
-        self.title = f"{config.data}, model {config.model}, W{config.bits_weight}A{config.bits_activation}"
+        self.title = f"{config.data}, model {config.model}, {config.bit_widths}"
         super().__init__(config, resume)
 
     def run(self) -> list[Row]:
@@ -49,6 +48,8 @@ class Trainer(Run):
             Interrupted: a signal stopped the run, which is saved.
             OSError: something could not be written; what there was is still there.
         """
+        if self.config.reestimate_bn != "never" and not self.reestimates and self.processes.main:
+            print(f"model {self.config.model} has no batch normalisation: nothing to re-estimate", flush=True)
         work = {"FP32": self.train_fp32, "PTQ": self.quantize, "QAT": self.train_quantized}
         with self.signals:
             for phase in PHASES[PHASES.index(self.state.position.phase) : -1]:
@@ -71,27 +72,37 @@ class Trainer(Run):
 
     def check(self) -> None:
         """Raise a ValueError where the network cannot be quantized, or does not use all that would be."""
-        self.prepare()
+        self.qconfig = quantizers(self.config)
+        # Calibration finds the quantizers that nothing reaches, those of weights too; it needs some of activations.
+        self._prepare(replace(self.qconfig, activation=self.qconfig.activation or fastqat.QSpec()))
         fastqat.calibrate(self.model, [torch.zeros(1, *self.data.image_shape)], progress=False)
         fastqat.remove(self.model)
 
     def prepare(self) -> None:
-        """Quantize weights and inputs of the layers."""
-        fastqat.prepare(self.model, self.qconfig, first_last_bits=self.config.first_last_bits or None)
+        """Quantize weights, and inputs of the layers if these have bits."""
+        self._prepare(self.qconfig)
+
+    def _prepare(self, qconfig: fastqat.QConfig) -> None:
+        fastqat.prepare(self.model, qconfig, first_last_bits=self.config.first_last_bits or None)
 
     def quantize(self) -> Row:
         """Quantize weights and activations after training (PTQ): nothing but ranges is chosen from the data."""
-        config = self.config
         self.prepare()
+        if self.qconfig.activation:
+            self.calibrate()
+        row = self.test("PTQ")
+        self.save_weights(row)
+        self.enter("QAT")
+        return row
+
+    def calibrate(self) -> None:
+        """Choose the ranges of the activations."""
+        config = self.config
         # Every process takes these batches whole: the ranges come out equal, and as those of one process alone.
         batches = self.data.train_batches(
             config.batch_size, seed=config.seed, epoch=config.fp32_epochs, augment=False, workers=config.workers
         )
         fastqat.calibrate(self.model, itertools.islice(batches, config.calibration_batches))
-        row = self.test("PTQ")
-        self.save_weights(row)
-        self.enter("QAT")
-        return row
 
     def train_quantized(self) -> Row | None:
         """Train weights and scales together (QAT); return the last row of the phase, None if it has no epochs."""

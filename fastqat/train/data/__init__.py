@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastqat.ops.checks import fail
-from fastqat.train.data.batches import Dataset
+from fastqat.train.data.batches import Batch, Dataset
 from fastqat.train.data.cifar10 import load_cifar10
 from fastqat.train.data.digits import load_digits
 from fastqat.train.data.fashion_mnist import load_fashion_mnist
@@ -15,6 +15,7 @@ from fastqat.train.data.memory import MemoryDataset, Split
 
 __all__ = [
     "DATASETS",
+    "Batch",
     "Dataset",
     "FolderDataset",
     "MemoryDataset",

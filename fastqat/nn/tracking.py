@@ -1,0 +1,269 @@
+"""Oscillation tracking, freezing and dampening of a quantized weight: their options, and the state of the first two."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastqat.multi_tensor import STATE
+from fastqat.ops import checks, words
+from fastqat.schedules import Schedule
+
+AGGREGATES = ("sum", "mean", "kernel_mean")
+
+
+@dataclass(frozen=True)
+class Oscillation:
+    """Track how often the code of each weight reverses its direction; freeze the weights where it does too often.
+
+    With the code c^t of a weight at the optimizer step t, and o^t = 1 where it changes against its last change::
+
+        f^t = m * o^t + (1 - m) * f^(t-1)         e^t = m * c^t + (1 - m) * e^(t-1)
+
+    A weight with f^t above the threshold is frozen at rint(e^(t-1)): from the next step on it has that code for good,
+    gets no gradient, and adds gradient * code to that of the scale, which goes on learning.
+
+    Args:
+        momentum: m, in (0, 1).
+        freeze_threshold: a number, or a :class:`fastqat.Schedule` of the optimizer steps; None only tracks, and so
+            does 0. The averages begin where the threshold first is not 0.
+        use_average: False freezes at the current code instead of the averaged one.
+        max_bits: quantizers of more bits are neither tracked nor frozen.
+
+    Raises:
+        TypeError, ValueError: naming the option, what was wanted, and what came.
+
+    Warns:
+        UserWarning: the threshold is below 2 * momentum, so that one or two oscillations freeze a weight.
+
+    Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, Algorithm 1. Departure
+        from the released code: a frozen code never changes again.
+    """
+
+    momentum: float = 0.01
+    freeze_threshold: float | Schedule | None = None
+    use_average: bool = True
+    max_bits: int = 4
+
+    def __post_init__(self) -> None:
+        _number("momentum", self.momentum)
+        if not 0 < self.momentum < 1:
+            checks.fail(ValueError, "momentum", "a number in (0, 1)", self.momentum)
+        checks.bit_width(self.max_bits)
+        threshold = _value_or_schedule("freeze_threshold", self.freeze_threshold or 0.0)
+        lowest = min((v for v in threshold if v > 0), default=0.0)
+        if max(threshold) > 1 or min(threshold) < 0:
+            checks.fail(ValueError, "freeze_threshold", "values from 0 to 1", max(threshold, key=abs))
+        if 0 < lowest < 2 * self.momentum:
+            warnings.warn(
+                f"freeze_threshold {lowest:g} is below 2 x momentum = {2 * self.momentum:g}: a weight freezes after "
+                "one or two oscillations",
+                stacklevel=3,
+            )
+
+    @property
+    def freezes(self) -> bool:
+        """True if the threshold ever is not 0."""
+        return max(_value_or_schedule("freeze_threshold", self.freeze_threshold or 0.0)) > 0
+
+
+@dataclass(frozen=True)
+class Dampening:
+    """Pull each weight to the middle of its bin, by a gradient that the backward pass of its quantizer adds::
+
+        L = lambda * AGG( (sg[w_hat] - clip(w, s * n, s * p))^2 )        dL/ds = 0
+
+    The same as adding :func:`fastqat.dampening_loss` to the loss, at no cost. It is added once for each backward pass
+    through the quantizer, whatever the loss is scaled by; a frozen weight gets none.
+
+    Args:
+        weight: lambda, a number or a :class:`fastqat.Schedule` of the optimizer steps.
+        aggregate: AGG: "sum", "mean", or "kernel_mean" (the sum over the output channels of the means of each).
+
+    Raises:
+        TypeError, ValueError: naming the option, what was wanted, and what came.
+
+    Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, section 4.1.
+    """
+
+    weight: float | Schedule = 0.1
+    aggregate: str = "kernel_mean"
+
+    def __post_init__(self) -> None:
+        if min(_value_or_schedule("weight", self.weight)) < 0:
+            checks.fail(ValueError, "weight", "values that are not negative", self.weight)
+        checks.choice("aggregate", self.aggregate, AGGREGATES)
+
+    def factor(self, weight: Tensor) -> float:
+        """What (w_hat - w)^2 of one weight of a tensor [C_out, ...] counts."""
+        count = max(weight.numel(), 1)
+        return {"sum": 1.0, "mean": 1.0 / count, "kernel_mean": weight.shape[0] / count}[self.aggregate]
+
+
+def value_at(value: float | Schedule, step: Tensor) -> Tensor:
+    """A number or a schedule at a step, int64 [1]: float32 [1] on its device."""
+    if isinstance(value, Schedule):
+        return value.tensor(step)
+    return torch.full((1,), value, device=step.device)
+
+
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        checks.fail(TypeError, name, "a number", repr(value))
+
+
+def _value_or_schedule(name: str, value: Any) -> tuple[float, ...]:
+    """The values between which a number or a schedule stays."""
+    if isinstance(value, Schedule):
+        return (value.start, value.start if value.end is None else value.end)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        checks.fail(TypeError, name, "a number or a Schedule", repr(value))
+    return (float(value),)
+
+
+class Tracker(nn.Module):
+    """State of the tracking of one weight: 9 bytes a weight up to 5 bits, 10 above.
+
+    Args:
+        options: what is tracked.
+        bits: bit-width of the codes.
+        device: of the state.
+
+    Attributes:
+        counts: int64 [4]: transitions, oscillations and frozen weights since the start, and transitions of the last
+            tracked step.
+    """
+
+    words: Any  # Tensors, or None until the first weight is known; see the schema of multi_tensor_fake_quantize
+    scaled_frequency: Any
+    scaled_average: Any
+    counts: Any
+    clock: Any
+
+    def __init__(self, options: Oscillation, bits: int, device: torch.device) -> None:
+        super().__init__()
+        self.options, self._bits, self._device = options, bits, device
+        self.lowest = 0  # qmin: the words hold codes as their distance from it
+        for name in STATE:
+            self.register_buffer(name, None)
+
+    @property
+    def is_materialized(self) -> bool:
+        """True once the first weight was seen, or a state was loaded."""
+        return self.words is not None
+
+    @torch.inference_mode(False)
+    def prepare(self, weight: Tensor, qmin: int) -> None:
+        """Allocate the state for a weight, or give it the strides that the weight has now.
+
+        Args:
+            weight: what will be tracked.
+            qmin: its lowest code.
+
+        Raises:
+            ValueError: the state belongs to a weight of another shape.
+        """
+        self.lowest = qmin
+        if self.words is None:
+            self._allocate(weight, weight.device)
+        elif self.words.shape != weight.shape:
+            wanted = f"a weight of shape {list(self.words.shape)}, which has been tracked so far"
+            checks.fail(ValueError, "Tracker", wanted, f"shape {list(weight.shape)}")
+        like = torch.empty_like(weight, device="meta")  # dense, whatever the weight is
+        if self.words.stride() != like.stride():
+            for name in STATE[:3]:
+                kept = getattr(self, name)
+                setattr(self, name, torch.empty_like(like, dtype=kept.dtype, device=kept.device).copy_(kept))
+
+    def _allocate(self, like: Tensor, device: torch.device) -> None:
+        self.words = torch.zeros_like(like, dtype=words.dtype_of(self._bits), device=device)
+        self.scaled_frequency = torch.zeros_like(like, dtype=torch.float32, device=device)
+        self.scaled_average = torch.zeros_like(like, dtype=torch.float32, device=device)
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self.clock = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64, device=device)
+
+    def reset(self, bits: int) -> None:
+        """Forget everything; the next weight is the first."""
+        self._bits = bits
+        for name in STATE:
+            setattr(self, name, None)
+
+    @property
+    def has_tracked(self) -> bool:
+        """True if the state says anything. Reads it back from its device."""
+        return self.words is not None and bool(self.clock[1] >= 0)
+
+    def _word(self) -> words.Word:
+        if self.words is None:
+            raise RuntimeError("Tracker: wanted a weight that was tracked; got none yet (run a forward in training)")
+        return words.unpacked(self.words)
+
+    def codes(self) -> Tensor:
+        """Last codes, the frozen code where frozen: int32, like the weight."""
+        word = self._word()
+        return self.lowest + torch.where(word.pending, self.scaled_average.to(torch.int32), word.index)
+
+    def frozen(self) -> Tensor:
+        """Which weights are frozen: bool, like the weight."""
+        return self._word().frozen
+
+    def direction(self) -> Tensor:
+        """Last direction of change, -1, 0 or 1: int8, like the weight; 0 where the frozen code is in effect."""
+        direction = self._word().direction
+        return (direction == words.UP).to(torch.int8) - (direction == words.DOWN).to(torch.int8)
+
+    def frequency(self) -> Tensor:
+        """Frequency of oscillation f at the last tracked step: float32, like the weight."""
+        self._word()
+        return (self.scaled_frequency.double() / self.clock[0]).float()
+
+    def average(self) -> Tensor:
+        """Average of the codes, the frozen code where frozen: float32, like the weight."""
+        word = self._word()
+        mean = self.lowest + word.index + self.scaled_average.double() / self.clock[0]
+        return torch.where(word.frozen, self.codes().double(), mean).float()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.words is not None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        found = {name: state_dict[prefix + name] for name in STATE if prefix + name in state_dict}
+        if not found:  # of a network that was not tracked: tracking begins anew
+            self.reset(self._bits)
+            return
+        absent = [name for name in STATE if name not in found]
+        if absent:
+            wanted = f"all of {', '.join(STATE)}, or none"
+            error_msgs.append(f"tracker {prefix.rstrip('.')!r}: wanted {wanted}; got none of {', '.join(absent)}")
+            return
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        weight = shapes["words"]
+        own = weight if self.words is None else tuple(self.words.shape)
+        wanted_shapes = {name: own for name in STATE[:3]} | {"counts": (4,), "clock": (3,)}
+        wrong = [name for name in STATE if shapes[name] != wanted_shapes[name]]
+        wanted_dtype = words.dtype_of(self._bits)
+        if wrong or found["words"].dtype != wanted_dtype:
+            name = wrong[0] if wrong else "words"
+            wanted = f"{list(wanted_shapes[name])}" if wrong else f"{wanted_dtype} for {self._bits} bits"
+            got = f"{list(shapes[name])}" if wrong else f"{found['words'].dtype}"
+            error_msgs.append(f"tracker {prefix.rstrip('.')!r}, {name}: wanted {wanted}; got {got}")
+            return
+        if self.words is None:
+            self._allocate(found["words"], self._device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
