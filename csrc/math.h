@@ -129,29 +129,56 @@ FASTQAT_INLINE double grad_scale_divisor(const Channel& ch) {
   return is_fast_scale(ch.scale) ? static_cast<double>(ch.scale) : 1.0;
 }
 
+// What tracking, an estimator and dampening change in the gradient of one element.
+struct Extras {
+  float held = __builtin_nanf("");  // level of a frozen weight, which passes nothing to x; NaN: not frozen
+  float factor = 1.0f;              // of the estimator, in the place of the derivative of rounding
+  float within = 1.0f;              // 0: a value inside the range adds nothing to ds
+  float dampening = 0.0f;           // k: adds k * (x - y) to dx inside the range
+  float drawn = 0.0f;               // what stochastic rounding makes of t / scale
+};
+
+enum class Kind { plain, extras, stochastic };
+
 // kRounded: the mask tests rint(r), else r itself, which must be exact down to the subnormals then: a bound may be 0.
 // All switches are template parameters: g++ does not vectorise a loop that chooses at run time. level * scale - t has
 // one rounding (fma), however small it is beside t; `divide` takes the quotient in double instead. A NaN in x passes no
 // gradient and adds to no sum.
-template <Path kPath, bool kOffset, bool kRounded>
-FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& ch) {
+template <Path kPath, bool kOffset, bool kRounded, Kind kKind = Kind::plain>
+FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& ch, const Extras& extras = {}) {
+  constexpr bool kExtras = kKind != Kind::plain;
   float t = shifted<kOffset>(x, ch);
   float r = !kRounded || kPath == Path::divide ? t / ch.scale
             : kPath == Path::careful           ? ratio<true>(t, ch)
                                                : quotient<true>(t, ch);
-  float tested = kRounded ? round_even(r) : r;
+  float rounded = kKind == Kind::stochastic ? extras.drawn : round_even(r);
+  float tested = kRounded ? rounded : r;
   float nearest = clamp(tested, ch.low, ch.high);
-  bool inside = nearest == tested;
-  float lev = kRounded ? nearest : clamp(round_even(r), ch.low, ch.high);
+  bool held = kExtras && extras.held == extras.held && x == x;
+  bool inside = (nearest == tested) & !held;
+  float lev = kRounded ? nearest : clamp(rounded, ch.low, ch.high);
+  if (kExtras) lev = held ? extras.held : lev;
   // t inside, else 0; as a mask of bits, since g++ computes both sides of what follows a conditional
   float passed = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, t) & (inside ? 0xffffffffu : 0u));
-  float slope = kPath == Path::divide
-                    ? static_cast<float>((lev - static_cast<double>(passed) / static_cast<double>(ch.scale)) *
-                                         grad_scale_divisor(ch))
-                    : __builtin_fmaf(lev, ch.scale, -passed);
-  if (kPath == Path::fast) return {inside ? g : 0.0f, g * slope, inside ? 0.0f : g};
+  float slope;
+  if (kPath == Path::divide) {
+    double ratio = static_cast<double>(passed) / static_cast<double>(ch.scale);
+    slope = static_cast<float>((lev - (kExtras ? extras.factor * ratio : ratio)) * grad_scale_divisor(ch));
+  } else {
+    slope = __builtin_fmaf(lev, ch.scale, -passed);
+    if (kExtras) slope = slope - (inside ? extras.factor - 1.0f : 0.0f) * passed;
+  }
+  float dx = inside ? (kExtras ? g * extras.factor : g) : 0.0f;
+  if (kExtras) {
+    slope = inside ? slope * extras.within : slope;
+    bool in_range = (t >= ch.scale * ch.low) & (t <= ch.scale * ch.high) & !held;
+    float pull = extras.dampening * __builtin_fmaf(-lev, ch.scale, t);
+    dx = in_range & (extras.dampening != 0.0f) ? dx + pull : dx;
+  }
+  float outside = inside ? 0.0f : g;
+  if (kPath == Path::fast) return {dx, g * slope, outside};
   bool number = x == x;
-  return {inside ? g : 0.0f, number ? g * slope : 0.0f, number & !inside ? g : 0.0f};
+  return {dx, number ? g * slope : 0.0f, number ? outside : 0.0f};
 }
 
 // Four 32-bit numbers of one counter.

@@ -1,6 +1,6 @@
 // fake_quantize: quantize-dequantize in one pass.
+#include "loops.h"
 #include "ops.h"
-#include "spans.h"
 
 namespace fastqat::cpu {
 namespace {
@@ -10,10 +10,20 @@ FASTQAT_CLONES void loop(const float* x, float* y, int64_t n, Channels channels)
   for (int64_t i = 0; i < n; ++i) y[i] = fastqat::fake_quantize<kFast, kOffset>(x[i], channels[i]);
 }
 
+}  // namespace
+
+template <class Channels>
+ForwardLoop<Channels> forward_loop(const Channels& channels, bool offset_grid) {
+  return FASTQAT_PICK(loop, channels, offset_grid);
+}
+template ForwardLoop<Uniform> forward_loop(const Uniform&, bool);
+template ForwardLoop<Columns> forward_loop(const Columns&, bool);
+
+namespace {
+
 // x, y: dense, the same sizes and strides.
 void run(const Tensor& x, const Grid& grid, std::optional<int64_t> axis, const Tensor& y) {
-  map_elements(x, y, axis, grid,
-               [&](const auto& channels) { return FASTQAT_PICK(loop, channels, grid.offset_grid()); });
+  map_elements(x, y, axis, grid, [&](const auto& channels) { return forward_loop(channels, grid.offset_grid()); });
 }
 
 }  // namespace

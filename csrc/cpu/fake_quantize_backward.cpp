@@ -1,8 +1,6 @@
 // fake_quantize_backward: dx, ds and dz (or do) from one pass over (g, x).
-#include <cmath>
-
+#include "loops.h"
 #include "ops.h"
-#include "reduce.h"
 
 namespace fastqat::cpu {
 namespace {
@@ -18,11 +16,28 @@ FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, float* const
 }
 
 template <int kTerms, bool kRounded, bool kOffset, class Channels>
-auto pick(Path path) {
+BackwardLoop<Channels> of_path(Path path) {
   return path == Path::fast      ? loop<kTerms, kRounded, Path::fast, kOffset, Channels>
          : path == Path::careful ? loop<kTerms, kRounded, Path::careful, kOffset, Channels>
                                  : loop<kTerms, kRounded, Path::divide, kOffset, Channels>;
 }
+
+}  // namespace
+
+template <int kTerms, class Channels>
+BackwardLoop<Channels> backward_loop(Path path, bool offset_grid, bool rounded_mask) {
+  if (rounded_mask)
+    return offset_grid ? of_path<kTerms, true, true, Channels>(path) : of_path<kTerms, true, false, Channels>(path);
+  return offset_grid ? of_path<kTerms, false, true, Channels>(path) : of_path<kTerms, false, false, Channels>(path);
+}
+template BackwardLoop<Uniform> backward_loop<0, Uniform>(Path, bool, bool);
+template BackwardLoop<Columns> backward_loop<0, Columns>(Path, bool, bool);
+template BackwardLoop<Uniform> backward_loop<1, Uniform>(Path, bool, bool);
+template BackwardLoop<Columns> backward_loop<1, Columns>(Path, bool, bool);
+template BackwardLoop<Uniform> backward_loop<2, Uniform>(Path, bool, bool);
+template BackwardLoop<Columns> backward_loop<2, Columns>(Path, bool, bool);
+
+namespace {
 
 // g, x, dx: dense, the same sizes and strides.
 struct Backward {
@@ -37,10 +52,7 @@ struct Backward {
     const float* from_x = x.block(offset, n, buffer_x);
     float* to = dx.block(offset, buffer_dx);
     Path path = !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
-    auto kernel = rounded_mask
-                      ? (offset_grid ? pick<kTerms, true, true, Channels> : pick<kTerms, true, false, Channels>)
-                      : (offset_grid ? pick<kTerms, false, true, Channels> : pick<kTerms, false, false, Channels>);
-    kernel(path)(from_g, from_x, to, sums, n, channels);
+    backward_loop<kTerms, Channels>(path, offset_grid, rounded_mask)(from_g, from_x, to, sums, n, channels);
     dx.commit(offset, n, to);
   }
 
@@ -53,26 +65,12 @@ struct Backward {
   }
 };
 
-// Writes the sums as gradients: divided by the scale where the fast path left it in, times the LSQ factor.
-template <int kTerms>
-void finish(const std::vector<std::array<double, kTerms>>& sums, const Grid& grid, double factor, float* dscale,
-            float* dshift) {
-  for (size_t c = 0; c < sums.size(); ++c) {
-    Channel ch = grid.channel(c);
-    dscale[c] = static_cast<float>(sums[c][0] / grad_scale_divisor(ch) * factor);
-    if (kTerms > 1)
-      dshift[c] = static_cast<float>((grid.offset_grid() ? 1.0 : -static_cast<double>(ch.scale)) * sums[c][kTerms - 1] *
-                                     factor);
-  }
-}
-
 // dscale, dshift: contiguous
 void run(const Tensor& g, const Tensor& x, const Grid& grid, std::optional<int64_t> axis, bool rounded_mask,
          bool lsq_grad_scale, const Tensor& dx, const Tensor& dscale, const Tensor& dshift) {
   Backward backward{Input(g), Input(x), Output(dx), grid.offset_grid(), rounded_mask};
   Layout layout = layout_of(x, axis);
-  double count = static_cast<double>(std::max<int64_t>(layout.outer * layout.inner, 1));
-  double factor = lsq_grad_scale ? 1.0 / std::sqrt(count * std::max(grid.qmax, 1.0f)) : 1.0;
+  double factor = lsq_grad_scale ? lsq_factor(layout, grid) : 1.0;
   float* ds = dscale.mutable_data_ptr<float>();
   if (dshift.numel())
     finish<2>(backward.sums<2>(layout, grid), grid, factor, ds, dshift.mutable_data_ptr<float>());

@@ -44,4 +44,20 @@ void range_search_out(Tensor x, Tensor scales, OptionalTensor zero_points, Tenso
 Tensor philox_uniform(Tensor step, int64_t seed, int64_t tensor_id, int64_t numel);
 void philox_uniform_out(Tensor step, int64_t seed, int64_t tensor_id, int64_t numel, Tensor u);
 
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+using Doubles = std::vector<double>;
+
+// The lists that describe the grids of many tensors, and stochastic rounding, in the order of the schema.
+#define FASTQAT_GRIDS Tensors scales, Tensors zero_points, Tensors offsets, Tensors qranges, Ints axes, Doubles eps
+#define FASTQAT_NOISE Ints seeds, Ints tensor_ids, Tensors steps
+
+void multi_tensor_fake_quantize(Tensors xs, FASTQAT_GRIDS, FASTQAT_NOISE, Doubles momenta, Ints use_average,
+                                Tensors thresholds, bool advance, Tensors words, Tensors frequencies, Tensors averages,
+                                Tensors counts, Tensors clocks, Tensors ys);
+
+void multi_tensor_fake_quantize_backward(Tensors gs, Tensors xs, FASTQAT_GRIDS, FASTQAT_NOISE, Ints rounded_masks,
+                                         Ints lsq_grad_scales, Ints estimators, Tensors strengths, Tensors dampenings,
+                                         Tensors words, Tensors dxs, Tensors dscales, Tensors dshifts);
+
 }  // namespace fastqat::cpu

@@ -67,50 +67,75 @@ FASTQAT_CLONES void merge_into(const float* from, double* into, int64_t n) {
   for (int64_t i = 0; i < n; ++i) into[i] = Op::merge(into[i], static_cast<double>(from[i]));
 }
 
-// Reduces kTerms quantities per channel. f(offset, n, channels, careful, reduced) calls reduce_span for one span. In
-// rows careful is false first, and true in a second call where a lane is NaN: a quick f may give NaN for what it cannot
-// do. Result: float64 [channels][kTerms].
-template <class Op, int kTerms, class F>
-std::vector<std::array<double, kTerms>> reduce_channels(const Layout& layout, const Grid& grid, const F& f) {
+// kTerms quantities per channel of one tensor, reduced piece by piece; f(offset, n, channels, careful, reduced) calls
+// reduce_span for one span. In rows careful is false first, and true in a second call where a lane is NaN: a quick f
+// may give NaN for what it cannot do.
+template <class Op, int kTerms>
+class Reduction {
+ public:
   using Terms = std::array<double, kTerms>;
-  Terms identity;
-  identity.fill(Op::kIdentity);
-  Cut cut(layout);
-  int64_t width = cut.by_rows ? 1 : std::min(kBlock, cut.length);  // results of a piece
-  std::vector<Terms> partial(cut.layout.numel() ? cut.pieces * width : 0, identity);
-  parallel(cut, [&](int64_t p) {
+
+  explicit Reduction(const Layout& layout)
+      : channels_(layout.channels), cut_(layout), width_(cut_.by_rows ? 1 : std::min(kBlock, cut_.length)) {
+    identity_.fill(Op::kIdentity);
+    partial_.assign(cut_.layout.numel() ? cut_.pieces * width_ : 0, identity_);
+  }
+
+  const Cut& cut() const { return cut_; }
+
+  // Any thread may do any piece.
+  template <class F>
+  void piece(const Grid& grid, int64_t p, const F& f) {
     float buffer[kTerms][kBlock];
     double merged[kTerms][kBlock];  // one float64 per lane of a row, or per column
     float* reduced[kTerms];
-    int64_t count = cut.by_rows ? kLanes : width;
+    int64_t count = cut_.by_rows ? kLanes : width_;
     for (int q = 0; q < kTerms; ++q) {
       reduced[q] = buffer[q];
       std::fill_n(merged[q], count, static_cast<double>(Op::kIdentity));
     }
-    spans_of_piece(cut, grid, p, kBlock, [&](int64_t offset, int64_t n, auto channels) {
-      f(offset, n, channels, !cut.by_rows, reduced);
+    spans_of_piece(cut_, grid, p, kBlock, [&](int64_t offset, int64_t n, auto channels) {
+      f(offset, n, channels, !cut_.by_rows, reduced);
       bool numbers = true;
-      for (int q = 0; q < kTerms && cut.by_rows; ++q) numbers = all_numbers(reduced[q]) && numbers;
+      for (int q = 0; q < kTerms && cut_.by_rows; ++q) numbers = all_numbers(reduced[q]) && numbers;
       if (!numbers) f(offset, n, channels, true, reduced);
-      for (int q = 0; q < kTerms; ++q) merge_into<Op>(reduced[q], merged[q], cut.by_rows ? kLanes : n);
+      for (int q = 0; q < kTerms; ++q) merge_into<Op>(reduced[q], merged[q], cut_.by_rows ? kLanes : n);
     });
     for (int q = 0; q < kTerms; ++q)
       for (int64_t i = 0; i < count; ++i) {
-        double& result = partial[p * width + (cut.by_rows ? 0 : i)][q];
+        double& result = partial_[p * width_ + (cut_.by_rows ? 0 : i)][q];
         result = Op::merge(result, merged[q][i]);
       }
-  });
-
-  std::vector<Terms> total(layout.channels, identity);
-  for (int64_t p = 0; p < (partial.empty() ? 0 : cut.pieces); ++p) {
-    int64_t row = p / cut.per_row, start = p % cut.per_row * cut.step();
-    int64_t count = cut.by_rows ? 1 : std::min(width, cut.length - start);
-    for (int64_t i = 0; i < count; ++i) {
-      Terms& t = total[cut.by_rows ? row % cut.layout.channels : (start + i) / cut.layout.inner];
-      for (int q = 0; q < kTerms; ++q) t[q] = Op::merge(t[q], partial[p * width + i][q]);
-    }
   }
-  return total;
+
+  // After all pieces. Result: float64 [channels][kTerms].
+  std::vector<Terms> total() const {
+    std::vector<Terms> total(channels_, identity_);
+    for (int64_t p = 0; p < (partial_.empty() ? 0 : cut_.pieces); ++p) {
+      int64_t row = p / cut_.per_row, start = p % cut_.per_row * cut_.step();
+      int64_t count = cut_.by_rows ? 1 : std::min(width_, cut_.length - start);
+      for (int64_t i = 0; i < count; ++i) {
+        Terms& t = total[cut_.by_rows ? row % cut_.layout.channels : (start + i) / cut_.layout.inner];
+        for (int q = 0; q < kTerms; ++q) t[q] = Op::merge(t[q], partial_[p * width_ + i][q]);
+      }
+    }
+    return total;
+  }
+
+ private:
+  int64_t channels_;
+  Cut cut_;
+  int64_t width_;  // results of a piece
+  Terms identity_;
+  std::vector<Terms> partial_;
+};
+
+// The reduction of one tensor, all pieces of it.
+template <class Op, int kTerms, class F>
+std::vector<std::array<double, kTerms>> reduce_channels(const Layout& layout, const Grid& grid, const F& f) {
+  Reduction<Op, kTerms> reduction(layout);
+  parallel(reduction.cut(), [&](int64_t p) { reduction.piece(grid, p, f); });
+  return reduction.total();
 }
 
 }  // namespace fastqat::cpu

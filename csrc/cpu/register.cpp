@@ -18,6 +18,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastqat, CPU, m) {
   FASTQAT_REGISTER(minmax);
   FASTQAT_REGISTER(range_search);
   FASTQAT_REGISTER(philox_uniform);
+  m.impl("multi_tensor_fake_quantize", TORCH_BOX(&fastqat::cpu::multi_tensor_fake_quantize));
+  m.impl("multi_tensor_fake_quantize_backward", TORCH_BOX(&fastqat::cpu::multi_tensor_fake_quantize_backward));
 }
 
 PyMODINIT_FUNC PyInit__C() {

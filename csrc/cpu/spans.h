@@ -82,6 +82,40 @@ void parallel(const Cut& cut, const F& piece) {
   });
 }
 
+// The pieces of many tensors, shared among threads by work. Job: cut(), and piece(p), which any thread may call.
+template <class Job>
+void parallel_jobs(std::vector<Job>& jobs) {
+  struct Start {
+    size_t job;
+    int64_t piece;
+  };
+  std::vector<Start> starts;  // of tasks with about kGrain elements each
+  double done = kGrain;
+  for (size_t j = 0; j < jobs.size(); ++j) {
+    const Cut& cut = jobs[j].cut();
+    int64_t pieces = cut.layout.numel() ? cut.pieces : 0;
+    double size = pieces ? static_cast<double>(cut.layout.numel()) / static_cast<double>(pieces) : 0.0;
+    for (int64_t p = 0; p < pieces; ++p) {
+      if (done >= kGrain) {
+        starts.push_back({j, p});
+        done = 0.0;
+      }
+      done += size;
+    }
+  }
+  const int64_t tasks = static_cast<int64_t>(starts.size());
+  starts.push_back({jobs.size(), 0});
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const Start stop = starts[end];
+    for (size_t j = starts[begin].job; j <= stop.job && j < jobs.size(); ++j) {
+      const Cut& cut = jobs[j].cut();
+      int64_t p = j == starts[begin].job ? starts[begin].piece : 0;
+      int64_t last = j == stop.job ? stop.piece : cut.layout.numel() ? cut.pieces : 0;
+      for (; p < last; ++p) jobs[j].piece(p);
+    }
+  });
+}
+
 // f(offset, n, channels) for every span of piece p, in order; n <= longest, channels is Uniform or Columns.
 template <class F>
 void spans_of_piece(const Cut& cut, const Grid& grid, int64_t p, int64_t longest, const F& f) {

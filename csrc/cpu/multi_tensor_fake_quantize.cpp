@@ -1,0 +1,220 @@
+// multi_tensor_fake_quantize: quantize-dequantize, oscillation tracking and freezing of many tensors in one pass.
+#include <cstring>
+#include <memory>
+
+#include "multi_tensor.h"
+
+namespace fastqat::cpu {
+namespace {
+
+// Levels, with settled weights at theirs; attention[i] is not 0 where a weight is pending or has left its last code.
+// x, words, y, attention: [n]
+template <class Word, bool kFast, bool kOffset, class Channels>
+FASTQAT_CLONES void loop(const float* x, const Word* words, float* y, uint8_t* attention, int64_t n,
+                         Channels channels) {
+  for (int64_t i = 0; i < n; ++i) {
+    Channel ch = channels[i];
+    float own = level<kFast>(shifted<kOffset>(x[i], ch), ch);
+    float last = ch.low + static_cast<float>(index_of(words[i]));
+    int32_t flags = flags_of(words[i]);
+    bool settled = flags == kSettled;
+    y[i] = value<kOffset>(settled & (own == own) ? last : own, ch);
+    attention[i] = (flags > kSettled) | (!settled & (own != last));
+  }
+}
+
+template <class Word, class Channels>
+auto tracked_loop(const Channels& channels, bool offset_grid) {
+  return channels.fast ? (offset_grid ? loop<Word, true, true, Channels> : loop<Word, true, false, Channels>)
+                       : (offset_grid ? loop<Word, false, true, Channels> : loop<Word, false, false, Channels>);
+}
+
+// State of one tracked tensor. words, frequency, average: like x; counts: [4]; clock: [3]
+struct State {
+  Tensor words, frequency, average, counts, clock;
+  Moment at;
+  int64_t step;
+  bool advance;
+  int64_t events[3] = {0, 0, 0};  // transitions, oscillations, freezes of this step
+
+  State(const Tensor& words_, const Tensor& frequency_, const Tensor& average_, const Tensor& counts_,
+        const Tensor& clock_, int64_t step_, double momentum, const Tensor& threshold, bool use_average, bool advance_)
+      : words(words_),
+        frequency(frequency_),
+        average(average_),
+        counts(counts_),
+        clock(clock_),
+        step(step_),
+        advance(advance_) {
+    at = moment(step, clock.const_data_ptr<double>(), momentum, threshold.const_data_ptr<float>()[0], use_average);
+  }
+
+  bool moves() const { return advance && (at.acts || at.first); }
+
+  // After all elements.
+  void finish() {
+    if (!moves()) return;
+    int64_t* count = counts.mutable_data_ptr<int64_t>();
+    for (int k = 0; k < 3; ++k) count[k] = at.first ? 0 : count[k] + events[k];
+    count[3] = events[0];
+    double* now = clock.mutable_data_ptr<double>();
+    now[0] = at.growth;
+    now[1] = static_cast<double>(step);
+    now[2] = at.threshold;
+  }
+};
+
+// One tensor of the call.
+class Job {
+ public:
+  Job(const Tensor& x, const Tensor& y, Grid&& grid, std::optional<int64_t> axis, Noise&& noise)
+      : grid_(std::move(grid)),
+        noise_(std::move(noise)),
+        x_(x),
+        y_(y, x_),
+        in_(x_),
+        out_(y_.own),
+        cut_(layout_of(x_, axis)) {
+    in_place_ = in_.dtype == ScalarType::Float && out_.dtype == ScalarType::Float;
+  }
+
+  void track(State&& state) {
+    for (const Tensor* t : {&state.words, &state.frequency, &state.average})
+      STD_TORCH_CHECK(same_strides(*t, x_) && t->numel() == x_.numel(),
+                      "multi_tensor_fake_quantize: wanted a state with the sizes and strides of its tensor");
+    state_ = std::make_unique<State>(std::move(state));
+  }
+
+  const Cut& cut() const { return cut_; }
+
+  void piece(int64_t p) {
+    bool plain = !state_ && !noise_.on();
+    spans_of_piece(cut_, grid_, p, plain && in_place_ ? kChunk : kBlock,
+                   [&](int64_t offset, int64_t n, const auto& channels) {
+                     float buffer_in[kBlock], buffer_out[kBlock];
+                     const float* x = in_.block(offset, n, buffer_in);
+                     float* y = out_.block(offset, buffer_out);
+                     if (plain)
+                       forward_loop(channels, grid_.offset_grid())(x, y, n, channels);
+                     else if (!state_)
+                       stochastic(x, y, offset, n, channels);
+                     else if (state_->words.scalar_type() == ScalarType::Byte)
+                       tracked<uint8_t>(x, y, offset, n, channels);
+                     else
+                       tracked<int16_t>(x, y, offset, n, channels);
+                     out_.commit(offset, n, y);
+                   });
+  }
+
+  void finish() {
+    y_.deliver();
+    if (state_) state_->finish();
+  }
+
+ private:
+  float value_of(float lev, const Channel& ch) const {
+    return grid_.offset_grid() ? value<true>(lev, ch) : value<false>(lev, ch);
+  }
+
+  template <class Channels>
+  void stochastic(const float* x, float* y, int64_t offset, int64_t n, const Channels& channels) const {
+    float drawn[kBlock];
+    noise_.draw(x, drawn, offset, n, channels, grid_.offset_grid());
+    for (int64_t i = 0; i < n; ++i) {
+      Channel ch = channels[i];
+      y[i] = value_of(clamp(drawn[i], ch.low, ch.high), ch);
+    }
+  }
+
+  template <class Word, class Channels>
+  void tracked(const float* x, float* y, int64_t offset, int64_t n, const Channels& channels) {
+    alignas(8) uint8_t attention[kBlock];
+    State& state = *state_;
+    const Word* words = static_cast<const Word*>(state.words.data_ptr()) + offset;
+    if (noise_.on()) {
+      stochastic(x, y, offset, n, channels);
+      for (int64_t i = 0; i < n; ++i) {
+        Channel ch = channels[i];
+        if (flags_of(words[i]) == kSettled && x[i] == x[i])
+          y[i] = value_of(ch.low + static_cast<float>(index_of(words[i])), ch);
+      }
+      std::memset(attention, 1, n);
+    } else {
+      tracked_loop<Word>(channels, grid_.offset_grid())(x, words, y, attention, n, channels);
+    }
+    if (!state.at.acts && !state.at.first) return;
+    if (state.at.sweeps || state.at.first) std::memset(attention, 1, n);
+    std::memset(attention + n, 0, (8 - n % 8) % 8);
+    int64_t events[3] = {0, 0, 0};
+    for (int64_t i = 0; i < n; i += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, attention + i, 8);
+      if (!eight) continue;
+      for (int64_t k = i; k < std::min(n, i + 8); ++k)
+        if (attention[k]) visit<Word>(y[k], x[k], offset + k, channels[k], channels.fast, events);
+    }
+    for (int q = 0; q < 3; ++q)
+      if (events[q]) __atomic_fetch_add(&state.events[q], events[q], __ATOMIC_RELAXED);
+  }
+
+  // One weight that may have changed. y: its value, which is replaced where it is frozen.
+  template <class Word>
+  void visit(float& y, float x, int64_t element, const Channel& ch, bool fast, int64_t* events) {
+    State& state = *state_;
+    bool number = x == x;
+    float own = number ? level_of(x, y, ch, fast) : clamp(0.0f, ch.low, ch.high);
+    Word& word = static_cast<Word*>(state.words.data_ptr())[element];
+    float& frequency = state.frequency.mutable_data_ptr<float>()[element];
+    float& average = state.average.mutable_data_ptr<float>()[element];
+    Tracked weight{index_of(word), flags_of(word), frequency, average};
+    bool held = weight.flags >= kSettled && !state.at.first && number;
+    Event event;
+    int32_t index = record(weight, static_cast<int32_t>(own - ch.low), number, state.at, event);
+    if (held) y = value_of(ch.low + static_cast<float>(index), ch);
+    if (!state.advance) return;
+    word = make_word<Word>(weight.index, weight.flags);
+    frequency = weight.frequency;
+    average = weight.average;
+    events[0] += event.changes;
+    events[1] += event.oscillates;
+    events[2] += event.freezes;
+  }
+
+  float level_of(float x, float y, const Channel& ch, bool fast) const {
+    if (noise_.on()) return round_even((grid_.offset_grid() ? y - ch.shift : y) / ch.scale);
+    float t = grid_.offset_grid() ? shifted<true>(x, ch) : x;
+    return fast ? level<true>(t, ch) : level<false>(t, ch);
+  }
+
+  Grid grid_;
+  Noise noise_;
+  Tensor x_;
+  Result y_;
+  Input in_;
+  Output out_;
+  Cut cut_;
+  bool in_place_;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace
+
+void multi_tensor_fake_quantize(Tensors xs, FASTQAT_GRIDS, FASTQAT_NOISE, Doubles momenta, Ints use_average,
+                                Tensors thresholds, bool advance, Tensors words, Tensors frequencies, Tensors averages,
+                                Tensors counts, Tensors clocks, Tensors ys) {
+  std::vector<Job> jobs;
+  jobs.reserve(xs.size());
+  for (size_t i = 0; i < xs.size(); ++i) {
+    Tensor x = dense(xs[i]);
+    Grid grid(scales[i], unless_empty(zero_points[i]), unless_empty(offsets[i]), qranges[i], eps[i]);
+    jobs.emplace_back(x, ys[i], std::move(grid), axis_of(axes[i]), Noise(seeds[i], steps[i], tensor_ids[i], x));
+    if (momenta[i] > 0.0)
+      jobs.back().track(State(words[i], frequencies[i], averages[i], counts[i], clocks[i],
+                              steps[i].const_data_ptr<int64_t>()[0], momenta[i], thresholds[i], use_average[i] != 0,
+                              advance));
+  }
+  parallel_jobs(jobs);
+  for (Job& job : jobs) job.finish();
+}
+
+}  // namespace fastqat::cpu

@@ -1,0 +1,205 @@
+// multi_tensor_fake_quantize_backward: dx, ds and dz (or do) of many tensors from one pass over (g, x, words), with
+// frozen weights, gradient estimators and dampening.
+#include <optional>
+
+#include "../estimators.h"
+#include "multi_tensor.h"
+
+namespace fastqat::cpu {
+namespace {
+
+// What the loop reads besides g and x, for one span. held, factor, drawn: [n]
+struct Prepared {
+  const float *held, *factor, *drawn;
+  float within, dampening;
+};
+
+template <int kTerms, bool kRounded, Path kPath, bool kOffset, Kind kKind, class Channels>
+FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, float* const* sums, int64_t n, Channels channels,
+                         Prepared prepared) {
+  reduce_span<Sum, kTerms, Channels::kRow>(n, sums, [&](int64_t i) __attribute__((always_inline)) {
+    Extras extras{prepared.held[i], prepared.factor[i], prepared.within, prepared.dampening,
+                  kKind == Kind::stochastic ? prepared.drawn[i] : 0.0f};
+    Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded, kKind>(g[i], x[i], channels[i], extras);
+    dx[i] = d.dx;
+    return std::array<float, 2>{d.scale, d.outside};
+  });
+}
+
+template <int kTerms, bool kRounded, bool kOffset, class Channels>
+auto of_path(Path path, bool stochastic) {
+  if (stochastic)  // it has no need of speed, and fewer instances
+    return path == Path::divide ? loop<kTerms, kRounded, Path::divide, kOffset, Kind::stochastic, Channels>
+                                : loop<kTerms, kRounded, Path::careful, kOffset, Kind::stochastic, Channels>;
+  return path == Path::fast      ? loop<kTerms, kRounded, Path::fast, kOffset, Kind::extras, Channels>
+         : path == Path::careful ? loop<kTerms, kRounded, Path::careful, kOffset, Kind::extras, Channels>
+                                 : loop<kTerms, kRounded, Path::divide, kOffset, Kind::extras, Channels>;
+}
+
+template <int kTerms, class Channels>
+auto extended_loop(Path path, bool offset_grid, bool rounded_mask, bool stochastic) {
+  if (rounded_mask)
+    return offset_grid ? of_path<kTerms, true, true, Channels>(path, stochastic)
+                       : of_path<kTerms, true, false, Channels>(path, stochastic);
+  return offset_grid ? of_path<kTerms, false, true, Channels>(path, stochastic)
+                     : of_path<kTerms, false, false, Channels>(path, stochastic);
+}
+
+// held[i] = level of a settled weight, NaN of others. words, held: [n]
+template <class Word, class Channels>
+FASTQAT_CLONES void hold(const Word* words, float* held, int64_t n, Channels channels) {
+  const float none = __builtin_nanf("");
+  for (int64_t i = 0; i < n; ++i) {
+    float last = channels[i].low + static_cast<float>(index_of(words[i]));
+    held[i] = flags_of(words[i]) == kSettled ? last : none;
+  }
+}
+
+// factor[i] = E. g, x, factor: [n]
+template <int64_t kEstimator, class Channels>
+FASTQAT_CLONES void factors(const float* g, const float* x, float* factor, int64_t n, Channels channels,
+                            bool offset_grid, float strength, float peak) {
+  for (int64_t i = 0; i < n; ++i) {
+    Channel ch = channels[i];
+    float t = offset_grid ? x[i] - ch.shift : x[i];
+    factor[i] = estimator_factor<kEstimator>(g[i], t / ch.scale, ch.scale, strength, peak);
+  }
+}
+
+struct Constants {
+  float none[kBlock], one[kBlock];
+  Constants() {
+    std::fill_n(none, kBlock, __builtin_nanf(""));
+    std::fill_n(one, kBlock, 1.0f);
+  }
+};
+const Constants kConstants;
+
+// One tensor of the call.
+class Job {
+ public:
+  Job(const Tensor& g, const Tensor& x, Grid&& grid, std::optional<int64_t> axis, Noise&& noise, bool rounded_mask,
+      int64_t estimator, const Tensor& strength, const Tensor& dampening, const Tensor& words, const Tensor& dx,
+      const Tensor& dscale, const Tensor& dshift)
+      : grid_(std::move(grid)),
+        noise_(std::move(noise)),
+        x_(x),
+        g_(with_strides_of(x_, g)),
+        words_(words),
+        dscale_(dscale),
+        dshift_(dshift),
+        dx_(dx, x_),
+        in_g_(g_),
+        in_x_(x_),
+        out_(dx_.own),
+        rounded_mask_(rounded_mask),
+        estimator_(estimator),
+        layout_(layout_of(x_, axis)) {
+    dampening_ = dampening.numel() ? dampening.const_data_ptr<float>()[0] : 0.0f;
+    strength_ = strength.numel() ? strength.const_data_ptr<float>()[0] : 0.0f;
+    peak_ = estimator == kSigmoid ? sigmoid_peak(strength_) : 0.0f;
+    plain_ = estimator == kSte && dampening_ == 0.0f && words.numel() == 0;
+    STD_TORCH_CHECK(words.numel() == 0 || same_strides(words, x_),
+                    "multi_tensor_fake_quantize_backward: wanted words with the strides of their tensor");
+    if (dshift.numel())
+      two_.emplace(layout_);
+    else
+      one_.emplace(layout_);
+  }
+
+  const Cut& cut() const { return two_ ? two_->cut() : one_->cut(); }
+
+  void piece(int64_t p) {
+    if (two_)
+      reduce<2>(*two_, p);
+    else
+      reduce<1>(*one_, p);
+  }
+
+  void finish(bool lsq_grad_scale) {
+    dx_.deliver();
+    double factor = lsq_grad_scale ? lsq_factor(layout_, grid_) : 1.0;
+    float* ds = dscale_.numel() ? dscale_.mutable_data_ptr<float>() : nullptr;
+    if (!ds) return;
+    if (two_)
+      cpu::finish<2>(two_->total(), grid_, factor, ds, dshift_.mutable_data_ptr<float>());
+    else
+      cpu::finish<1>(one_->total(), grid_, factor, ds, nullptr);
+  }
+
+ private:
+  template <int kTerms>
+  void reduce(Reduction<Sum, kTerms>& reduction, int64_t p) {
+    reduction.piece(grid_, p, [&](int64_t offset, int64_t n, const auto& channels, bool careful, auto sums) {
+      using Channels = std::decay_t<decltype(channels)>;
+      float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock];
+      const float* g = in_g_.block(offset, n, buffer_g);
+      const float* x = in_x_.block(offset, n, buffer_x);
+      float* dx = out_.block(offset, buffer_dx);
+      Path path = !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
+      if (plain_)
+        backward_loop<kTerms, Channels>(path, grid_.offset_grid(), rounded_mask_)(g, x, dx, sums, n, channels);
+      else
+        extended<kTerms>(path, g, x, dx, sums, offset, n, channels);
+      out_.commit(offset, n, dx);
+    });
+  }
+
+  template <int kTerms, class Channels>
+  void extended(Path path, const float* g, const float* x, float* dx, float* const* sums, int64_t offset, int64_t n,
+                const Channels& channels) const {
+    float held[kBlock], factor[kBlock], drawn[kBlock];
+    Prepared prepared{kConstants.none, kConstants.one, drawn, estimator_ == kPact ? 0.0f : 1.0f, dampening_};
+    if (words_.numel()) {
+      prepared.held = held;
+      if (words_.scalar_type() == ScalarType::Byte)
+        hold(static_cast<const uint8_t*>(words_.data_ptr()) + offset, held, n, channels);
+      else
+        hold(static_cast<const int16_t*>(words_.data_ptr()) + offset, held, n, channels);
+    }
+    if (estimator_ == kEwgs || estimator_ == kSigmoid || estimator_ == kPsg) {
+      prepared.factor = factor;
+      auto fill = estimator_ == kEwgs      ? factors<kEwgs, Channels>
+                  : estimator_ == kSigmoid ? factors<kSigmoid, Channels>
+                                           : factors<kPsg, Channels>;
+      fill(g, x, factor, n, channels, grid_.offset_grid(), strength_, peak_);
+    }
+    if (noise_.on()) noise_.draw(x, drawn, offset, n, channels, grid_.offset_grid());
+    extended_loop<kTerms, Channels>(path, grid_.offset_grid(), rounded_mask_, noise_.on())(g, x, dx, sums, n, channels,
+                                                                                           prepared);
+  }
+
+  Grid grid_;
+  Noise noise_;
+  Tensor x_, g_, words_, dscale_, dshift_;
+  Result dx_;
+  Input in_g_, in_x_;
+  Output out_;
+  bool rounded_mask_, plain_;
+  int64_t estimator_;
+  float strength_, peak_, dampening_;
+  Layout layout_;
+  std::optional<Reduction<Sum, 1>> one_;
+  std::optional<Reduction<Sum, 2>> two_;
+};
+
+}  // namespace
+
+void multi_tensor_fake_quantize_backward(Tensors gs, Tensors xs, FASTQAT_GRIDS, FASTQAT_NOISE, Ints rounded_masks,
+                                         Ints lsq_grad_scales, Ints estimators, Tensors strengths, Tensors dampenings,
+                                         Tensors words, Tensors dxs, Tensors dscales, Tensors dshifts) {
+  std::vector<Job> jobs;
+  jobs.reserve(xs.size());
+  for (size_t i = 0; i < xs.size(); ++i) {
+    Tensor x = dense(xs[i]);
+    Grid grid(scales[i], unless_empty(zero_points[i]), unless_empty(offsets[i]), qranges[i], eps[i]);
+    // Only stochastic rounding draws, whatever id the tensor has.
+    Noise noise(seeds[i], steps[i], estimators[i] == kStochastic ? tensor_ids[i] : -1, x);
+    jobs.emplace_back(gs[i], x, std::move(grid), axis_of(axes[i]), std::move(noise), rounded_masks[i] != 0,
+                      estimators[i], strengths[i], dampenings[i], words[i], dxs[i], dscales[i], dshifts[i]);
+  }
+  parallel_jobs(jobs);
+  for (size_t i = 0; i < jobs.size(); ++i) jobs[i].finish(lsq_grad_scales[i] != 0);
+}
+
+}  // namespace fastqat::cpu
