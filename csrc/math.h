@@ -138,7 +138,14 @@ struct Extras {
   float drawn = 0.0f;               // what stochastic rounding makes of t / scale
 };
 
-enum class Kind { plain, extras, stochastic };
+// Which of them a gradient knows; each has those before it.
+enum class Kind {
+  plain,       // none
+  frozen,      // held
+  damped,      // dampening
+  extras,      // factor, within
+  stochastic,  // drawn
+};
 
 // kRounded: the mask tests rint(r), else r itself, which must be exact down to the subnormals then: a bound may be 0.
 // All switches are template parameters: g++ does not vectorise a loop that chooses at run time. level * scale - t has
@@ -146,7 +153,7 @@ enum class Kind { plain, extras, stochastic };
 // gradient and adds to no sum.
 template <Path kPath, bool kOffset, bool kRounded, Kind kKind = Kind::plain>
 FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& ch, const Extras& extras = {}) {
-  constexpr bool kExtras = kKind != Kind::plain;
+  constexpr bool kHeld = kKind >= Kind::frozen, kDamped = kKind >= Kind::damped, kFactor = kKind >= Kind::extras;
   float t = shifted<kOffset>(x, ch);
   float r = !kRounded || kPath == Path::divide ? t / ch.scale
             : kPath == Path::careful           ? ratio<true>(t, ch)
@@ -154,26 +161,26 @@ FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& 
   float rounded = kKind == Kind::stochastic ? extras.drawn : round_even(r);
   float tested = kRounded ? rounded : r;
   float nearest = clamp(tested, ch.low, ch.high);
-  bool held = kExtras && extras.held == extras.held && x == x;
+  bool held = kHeld & (extras.held == extras.held) & (x == x);
   bool inside = (nearest == tested) & !held;
   float lev = kRounded ? nearest : clamp(rounded, ch.low, ch.high);
-  if (kExtras) lev = held ? extras.held : lev;
+  if (kHeld) lev = held ? extras.held : lev;
   // t inside, else 0; as a mask of bits, since g++ computes both sides of what follows a conditional
   float passed = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, t) & (inside ? 0xffffffffu : 0u));
   float slope;
   if (kPath == Path::divide) {
     double ratio = static_cast<double>(passed) / static_cast<double>(ch.scale);
-    slope = static_cast<float>((lev - (kExtras ? extras.factor * ratio : ratio)) * grad_scale_divisor(ch));
+    slope = static_cast<float>((lev - (kFactor ? extras.factor * ratio : ratio)) * grad_scale_divisor(ch));
   } else {
     slope = __builtin_fmaf(lev, ch.scale, -passed);
-    if (kExtras) slope = slope - (inside ? extras.factor - 1.0f : 0.0f) * passed;
+    if (kFactor) slope = slope - (inside ? extras.factor - 1.0f : 0.0f) * passed;
   }
-  float dx = inside ? (kExtras ? g * extras.factor : g) : 0.0f;
-  if (kExtras) {
-    slope = inside ? slope * extras.within : slope;
+  float dx = inside ? (kFactor ? g * extras.factor : g) : 0.0f;
+  if (kFactor) slope = inside ? slope * extras.within : slope;
+  if (kDamped) {
     bool in_range = (t >= ch.scale * ch.low) & (t <= ch.scale * ch.high) & !held;
     float pull = extras.dampening * __builtin_fmaf(-lev, ch.scale, t);
-    dx = in_range & (extras.dampening != 0.0f) ? dx + pull : dx;
+    dx = dx + (in_range ? pull : 0.0f);
   }
   float outside = inside ? 0.0f : g;
   if (kPath == Path::fast) return {dx, g * slope, outside};

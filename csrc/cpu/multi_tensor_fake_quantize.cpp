@@ -7,26 +7,61 @@
 namespace fastqat::cpu {
 namespace {
 
-// Levels, with settled weights at theirs; attention[i] is not 0 where a weight is pending or has left its last code.
-// x, words, y, attention: [n]
+// Three loops over a block in the first-level cache instead of one over all: what is done with words is done for as
+// many at a time as fit a register (0.36 ns for a weight instead of 0.47, and 0.25 where none is frozen).
+
+// Values, and the index of each weight's own code; a NaN has any. x, y, now: [n]
 template <class Word, bool kFast, bool kOffset, class Channels>
-FASTQAT_CLONES void loop(const float* x, const Word* words, float* y, uint8_t* attention, int64_t n,
-                         Channels channels) {
+FASTQAT_CLONES void quantize_loop(const float* x, float* y, Word* now, int64_t n, Channels channels) {
   for (int64_t i = 0; i < n; ++i) {
     Channel ch = channels[i];
     float own = level<kFast>(shifted<kOffset>(x[i], ch), ch);
-    float last = ch.low + static_cast<float>(index_of(words[i]));
-    int32_t flags = flags_of(words[i]);
-    bool settled = flags == kSettled;
-    y[i] = value<kOffset>(settled & (own == own) ? last : own, ch);
-    attention[i] = (flags > kSettled) | (!settled & (own != last));
+    y[i] = value<kOffset>(own, ch);
+    now[i] = static_cast<Word>(static_cast<int32_t>(own - ch.low));
+  }
+}
+
+// attention[i] is not 0 where a weight has left its last code. now, words, attention: [n]
+template <class Word>
+FASTQAT_CLONES void compare_loop(const Word* now, const Word* words, uint8_t* attention, int64_t n) {
+  constexpr Word kIndex = (1 << kCodeBits<Word>)-1;
+  for (int64_t i = 0; i < n; ++i) attention[i] = (now[i] ^ words[i]) & kIndex;
+}
+
+// The same where some are frozen: settled weights have not left theirs, which is put in now; pending ones have.
+template <class Word>
+FASTQAT_CLONES void settle_loop(Word* now, const Word* words, uint8_t* attention, int64_t n) {
+  constexpr Word kIndex = (1 << kCodeBits<Word>)-1;
+  for (int64_t i = 0; i < n; ++i) {
+    Word word = words[i], flags = static_cast<Word>(word >> kCodeBits<Word>), own = now[i];
+    Word index = flags == kSettled ? word & kIndex : own;
+    attention[i] = ((index ^ word) & kIndex) | (flags > kSettled);
+    now[i] = index;
+  }
+}
+
+// Values of these indices; those of NaN stay. x, y, now: [n]
+template <class Word, bool kOffset, class Channels>
+FASTQAT_CLONES void value_loop(const float* x, float* y, const Word* now, int64_t n, Channels channels) {
+  for (int64_t i = 0; i < n; ++i) {
+    Channel ch = channels[i];
+    float held = value<kOffset>(ch.low + static_cast<float>(now[i]), ch);
+    y[i] = x[i] == x[i] ? held : x[i];
   }
 }
 
 template <class Word, class Channels>
-auto tracked_loop(const Channels& channels, bool offset_grid) {
-  return channels.fast ? (offset_grid ? loop<Word, true, true, Channels> : loop<Word, true, false, Channels>)
-                       : (offset_grid ? loop<Word, false, true, Channels> : loop<Word, false, false, Channels>);
+void track_span(const float* x, const Word* words, float* y, uint8_t* attention, int64_t n, const Channels& channels,
+                bool offset_grid, bool any_frozen) {
+  alignas(64) Word now[kBlock];
+  auto quantize =
+      channels.fast
+          ? (offset_grid ? quantize_loop<Word, true, true, Channels> : quantize_loop<Word, true, false, Channels>)
+          : (offset_grid ? quantize_loop<Word, false, true, Channels> : quantize_loop<Word, false, false, Channels>);
+  quantize(x, y, now, n, channels);
+  if (!any_frozen) return compare_loop(now, words, attention, n);
+  settle_loop(now, words, attention, n);
+  (offset_grid ? value_loop<Word, true, Channels> : value_loop<Word, false, Channels>)(x, y, now, n, channels);
 }
 
 // State of one tracked tensor. words, frequency, average: like x; counts: [4]; clock: [3]
@@ -34,7 +69,7 @@ struct State {
   Tensor words, frequency, average, counts, clock;
   Moment at;
   int64_t step;
-  bool advance;
+  bool advance, any_frozen;
   int64_t events[3] = {0, 0, 0};  // transitions, oscillations, freezes of this step
 
   State(const Tensor& words_, const Tensor& frequency_, const Tensor& average_, const Tensor& counts_,
@@ -46,6 +81,7 @@ struct State {
         clock(clock_),
         step(step_),
         advance(advance_) {
+    any_frozen = counts.const_data_ptr<int64_t>()[2] > 0;
     at = moment(step, clock.const_data_ptr<double>(), momentum, threshold.const_data_ptr<float>()[0], use_average);
   }
 
@@ -140,7 +176,7 @@ class Job {
       }
       std::memset(attention, 1, n);
     } else {
-      tracked_loop<Word>(channels, grid_.offset_grid())(x, words, y, attention, n, channels);
+      track_span(x, words, y, attention, n, channels, grid_.offset_grid(), state.any_frozen);
     }
     if (!state.at.acts && !state.at.first) return;
     if (state.at.sweeps || state.at.first) std::memset(attention, 1, n);

@@ -26,23 +26,28 @@ FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, float* const
   });
 }
 
+// The two kinds that training with freezing and dampening needs have a fast path, the others take `extras`.
 template <int kTerms, bool kRounded, bool kOffset, class Channels>
-auto of_path(Path path, bool stochastic) {
-  if (stochastic)  // it has no need of speed, and fewer instances
+auto of_path(Path path, Kind kind) {
+  if (kind == Kind::stochastic)
     return path == Path::divide ? loop<kTerms, kRounded, Path::divide, kOffset, Kind::stochastic, Channels>
                                 : loop<kTerms, kRounded, Path::careful, kOffset, Kind::stochastic, Channels>;
+  if (path == Path::fast && kind == Kind::frozen)
+    return loop<kTerms, kRounded, Path::fast, kOffset, Kind::frozen, Channels>;
+  if (path == Path::fast && kind == Kind::damped)
+    return loop<kTerms, kRounded, Path::fast, kOffset, Kind::damped, Channels>;
   return path == Path::fast      ? loop<kTerms, kRounded, Path::fast, kOffset, Kind::extras, Channels>
          : path == Path::careful ? loop<kTerms, kRounded, Path::careful, kOffset, Kind::extras, Channels>
                                  : loop<kTerms, kRounded, Path::divide, kOffset, Kind::extras, Channels>;
 }
 
 template <int kTerms, class Channels>
-auto extended_loop(Path path, bool offset_grid, bool rounded_mask, bool stochastic) {
+auto extended_loop(Path path, bool offset_grid, bool rounded_mask, Kind kind) {
   if (rounded_mask)
-    return offset_grid ? of_path<kTerms, true, true, Channels>(path, stochastic)
-                       : of_path<kTerms, true, false, Channels>(path, stochastic);
-  return offset_grid ? of_path<kTerms, false, true, Channels>(path, stochastic)
-                     : of_path<kTerms, false, false, Channels>(path, stochastic);
+    return offset_grid ? of_path<kTerms, true, true, Channels>(path, kind)
+                       : of_path<kTerms, true, false, Channels>(path, kind);
+  return offset_grid ? of_path<kTerms, false, true, Channels>(path, kind)
+                     : of_path<kTerms, false, false, Channels>(path, kind);
 }
 
 // held[i] = level of a settled weight, NaN of others. words, held: [n]
@@ -53,6 +58,14 @@ FASTQAT_CLONES void hold(const Word* words, float* held, int64_t n, Channels cha
     float last = channels[i].low + static_cast<float>(index_of(words[i]));
     held[i] = flags_of(words[i]) == kSettled ? last : none;
   }
+}
+
+// True if one of the weights is settled. words: [n]
+template <class Word>
+FASTQAT_CLONES bool any_settled(const Word* words, int64_t n) {
+  Word found = 0;
+  for (int64_t i = 0; i < n; ++i) found |= static_cast<Word>(words[i] >> kCodeBits<Word>) == kSettled;
+  return found != 0;
 }
 
 // factor[i] = E. g, x, factor: [n]
@@ -98,7 +111,6 @@ class Job {
     dampening_ = dampening.numel() ? dampening.const_data_ptr<float>()[0] : 0.0f;
     strength_ = strength.numel() ? strength.const_data_ptr<float>()[0] : 0.0f;
     peak_ = estimator == kSigmoid ? sigmoid_peak(strength_) : 0.0f;
-    plain_ = estimator == kSte && dampening_ == 0.0f && words.numel() == 0;
     STD_TORCH_CHECK(words.numel() == 0 || same_strides(words, x_),
                     "multi_tensor_fake_quantize_backward: wanted words with the strides of their tensor");
     if (dshift.numel())
@@ -137,36 +149,52 @@ class Job {
       const float* x = in_x_.block(offset, n, buffer_x);
       float* dx = out_.block(offset, buffer_dx);
       Path path = !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
-      if (plain_)
+      Prepared prepared{kConstants.none, kConstants.one, kConstants.one, estimator_ == kPact ? 0.0f : 1.0f, dampening_};
+      float held[kBlock], factor[kBlock], drawn[kBlock];
+      Kind kind = dampening_ != 0.0f ? Kind::damped : Kind::plain;
+      if (words_.numel() && hold_span(offset, held, n, channels)) {
+        prepared.held = held;
+        kind = std::max(kind, Kind::frozen);
+      }
+      if (estimator_ != kSte) {
+        kind = noise_.on() ? Kind::stochastic : Kind::extras;
+        prepared.factor = factors_of_span(g, x, factor, n, channels);
+      }
+      if (noise_.on()) {
+        noise_.draw(x, drawn, offset, n, channels, grid_.offset_grid());
+        prepared.drawn = drawn;
+      }
+      if (kind == Kind::plain)
         backward_loop<kTerms, Channels>(path, grid_.offset_grid(), rounded_mask_)(g, x, dx, sums, n, channels);
       else
-        extended<kTerms>(path, g, x, dx, sums, offset, n, channels);
+        extended_loop<kTerms, Channels>(path, grid_.offset_grid(), rounded_mask_, kind)(g, x, dx, sums, n, channels,
+                                                                                        prepared);
       out_.commit(offset, n, dx);
     });
   }
 
-  template <int kTerms, class Channels>
-  void extended(Path path, const float* g, const float* x, float* dx, float* const* sums, int64_t offset, int64_t n,
-                const Channels& channels) const {
-    float held[kBlock], factor[kBlock], drawn[kBlock];
-    Prepared prepared{kConstants.none, kConstants.one, drawn, estimator_ == kPact ? 0.0f : 1.0f, dampening_};
-    if (words_.numel()) {
-      prepared.held = held;
-      if (words_.scalar_type() == ScalarType::Byte)
-        hold(static_cast<const uint8_t*>(words_.data_ptr()) + offset, held, n, channels);
-      else
-        hold(static_cast<const int16_t*>(words_.data_ptr()) + offset, held, n, channels);
-    }
-    if (estimator_ == kEwgs || estimator_ == kSigmoid || estimator_ == kPsg) {
-      prepared.factor = factor;
-      auto fill = estimator_ == kEwgs      ? factors<kEwgs, Channels>
-                  : estimator_ == kSigmoid ? factors<kSigmoid, Channels>
-                                           : factors<kPsg, Channels>;
-      fill(g, x, factor, n, channels, grid_.offset_grid(), strength_, peak_);
-    }
-    if (noise_.on()) noise_.draw(x, drawn, offset, n, channels, grid_.offset_grid());
-    extended_loop<kTerms, Channels>(path, grid_.offset_grid(), rounded_mask_, noise_.on())(g, x, dx, sums, n, channels,
-                                                                                           prepared);
+  // Fills held; false, and nothing is filled, where no weight of the span is settled.
+  template <class Channels>
+  bool hold_span(int64_t offset, float* held, int64_t n, const Channels& channels) const {
+    auto fill = [&](const auto* words) {
+      bool any = any_settled(words, n);
+      if (any) hold(words, held, n, channels);
+      return any;
+    };
+    return words_.scalar_type() == ScalarType::Byte ? fill(static_cast<const uint8_t*>(words_.data_ptr()) + offset)
+                                                    : fill(static_cast<const int16_t*>(words_.data_ptr()) + offset);
+  }
+
+  // The factors of the span: in the buffer, or ones.
+  template <class Channels>
+  const float* factors_of_span(const float* g, const float* x, float* buffer, int64_t n,
+                               const Channels& channels) const {
+    if (estimator_ == kPact || estimator_ == kStochastic) return kConstants.one;
+    auto fill = estimator_ == kEwgs      ? factors<kEwgs, Channels>
+                : estimator_ == kSigmoid ? factors<kSigmoid, Channels>
+                                         : factors<kPsg, Channels>;
+    fill(g, x, buffer, n, channels, grid_.offset_grid(), strength_, peak_);
+    return buffer;
   }
 
   Grid grid_;
@@ -175,7 +203,7 @@ class Job {
   Result dx_;
   Input in_g_, in_x_;
   Output out_;
-  bool rounded_mask_, plain_;
+  bool rounded_mask_;
   int64_t estimator_;
   float strength_, peak_, dampening_;
   Layout layout_;
