@@ -3,6 +3,7 @@
 from fastqat import functional, nn
 from fastqat._version import __version__
 from fastqat.batch_norm import reestimate_bn
+from fastqat.hessian import ewgs_delta
 from fastqat.nn import (
     Dampening,
     FakeQuant,
@@ -13,12 +14,15 @@ from fastqat.nn import (
     calibrate,
     fake_quant_enabled,
     prepare,
+    quantize_weights_together,
     quantizer_parameters,
     remove,
     report,
     step,
 )
 from fastqat.ops.select import current_backend, status, use_backend
+from fastqat.oscillation import oscillation_summary
+from fastqat.regularization import bin_regularization, dampening_loss
 from fastqat.schedules import Schedule
 
 __all__ = [
@@ -30,12 +34,17 @@ __all__ = [
     "Report",
     "Schedule",
     "__version__",
+    "bin_regularization",
     "calibrate",
     "current_backend",
+    "dampening_loss",
+    "ewgs_delta",
     "fake_quant_enabled",
     "functional",
     "nn",
+    "oscillation_summary",
     "prepare",
+    "quantize_weights_together",
     "quantizer_parameters",
     "reestimate_bn",
     "remove",

@@ -17,6 +17,7 @@ from fastqat.nn.prepare import fake_quant_enabled, prepare, quantizer_parameters
 from fastqat.nn.report import Report, report
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.timed import step
+from fastqat.nn.together import quantize_weights_together
 from fastqat.nn.tracking import Dampening, Oscillation
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "calibrate",
     "fake_quant_enabled",
     "prepare",
+    "quantize_weights_together",
     "quantizer_parameters",
     "remove",
     "report",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from fastqat import autograd, functional, multi_tensor, ranges
+from fastqat.multi_tensor import Item
 from fastqat.nn.items import item_of
 from fastqat.nn.spec import QSpec, code_range
 from fastqat.nn.state import QuantizerState
-from fastqat.nn.tracking import Dampening, Oscillation, Tracker
+from fastqat.nn.together import Together
+from fastqat.nn.tracking import Dampening, Oscillation, Tracker, value_at
 from fastqat.ops import checks
 from fastqat.ops.estimators import ESTIMATORS, kernel_strength
 
@@ -97,6 +100,7 @@ class FakeQuant(QuantizerState):
             setattr(self, "_bits" if name == "bits" else name, getattr(spec, name))
         self._is_plain = spec.is_plain
         self.tensor_id = 0
+        self.together = Together()
         self.initialized = False
         self.fake_quant_enabled = True
         self.observer_enabled = True
@@ -364,21 +368,15 @@ class FakeQuant(QuantizerState):
             self._initialize(x)
             if not self.initialized:  # nothing that has a range
                 return x if out_dtype is None else x.to(out_dtype)
-        axis = checks.normalized_axis(x, self.axis)
-        checks.parameter("FakeQuant.scale", self.scale, x, checks.scale_shape(x, axis, self.group_size))
-        scale: Tensor = self.scale
-        zero_point: Tensor | None = self.zero_point
-        if self.range_low is not None and self.observer_enabled and self.training:
-            scale, zero_point = self._follow(x)
+        axis, scale, zero_point = self._grid(x)
         if not self.fake_quant_enabled:
             return x if out_dtype is None else x.to(out_dtype)
         if not self._is_plain:
             if torch._C._are_functorch_transforms_active():
                 wanted = "no estimator, tracking or dampening under a torch.func transform (use fastqat.functional)"
                 checks.fail(NotImplementedError, "FakeQuant", wanted, f"estimator={self.estimator!r}")
-            return multi_tensor.apply_multi_tensor(
-                [item_of(self, x, scale, zero_point, axis, out_dtype)], self.training
-            )[0]
+            item = item_of(self, x, scale, zero_point, axis, out_dtype)
+            return multi_tensor.apply_multi_tensor([item], self.training)[0]
         return autograd.apply_fake_quantize(
             x,
             scale,
@@ -392,6 +390,34 @@ class FakeQuant(QuantizerState):
             grad_scale=self.grad_scale,
             out_dtype=out_dtype,
         )
+
+    def _grid(self, x: Tensor) -> tuple[int | None, Tensor, Tensor | None]:
+        """Axis, scale and zero point for a tensor; a range that follows the data takes it into account."""
+        axis = checks.normalized_axis(x, self.axis)
+        checks.parameter("FakeQuant.scale", self.scale, x, checks.scale_shape(x, axis, self.group_size))
+        if self.range_low is not None and self.observer_enabled and self.training:
+            return axis, *self._follow(x)
+        return axis, self.scale, self.zero_point
+
+    def is_ready(self) -> bool:
+        """True if a forward would quantize: the range is set, and the quantizer is switched on."""
+        return self.initialized and self.fake_quant_enabled and not self._calibrating
+
+    def item(self, x: Tensor, out_dtype: torch.dtype | None, value_of: Callable[..., Tensor] = value_at) -> Item:
+        """The quantization of x, to be done together with others; see :func:`fastqat.nn.items.item_of`."""
+        axis, scale, zero_point = self._grid(x)
+        return item_of(self, x, scale, zero_point, axis, out_dtype, value_of)
+
+    def done_together(self, weight: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+        """The quantized weight, where :func:`quantize_weights_together` has it; else None."""
+        return self.together.get(weight, dtype)
+
+    def advanced(self) -> None:
+        """Forget what was quantized before the step."""
+        self.together = Together()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "together": Together()}
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Called by ``register_parametrization``: sets the range from the weight, which stays as it is."""

@@ -65,8 +65,26 @@ class QuantizedLayer:
         quantizer: FakeQuant | None = getattr(self, f"{name}_fake_quant")
         if quantizer is None:
             return weight
-        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        return quantizer(weight, autocast)
+        dtype = self.quantized_dtype(device_type)
+        quantized = quantizer.done_together(weight, dtype)
+        if quantized is None:
+            quantized = quantizer(self.quantized_view(weight, quantizer), dtype)
+        return self.output_channels_first(quantized, self._groups)
+
+    def quantized_view(self, weight: Tensor, quantizer: FakeQuant) -> Tensor:
+        """The weight as its quantizer sees it, which follows it even where that is a view."""
+        view = self.output_channels_first(weight, self._groups)
+        if isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling():
+            quantizer.follows(weight)
+        return view
+
+    def quantized_dtype(self, device_type: str) -> torch.dtype | None:
+        """The dtype that autocast wants of the weight, None where it is off or leaves the weight alone."""
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+    @property
+    def _groups(self) -> int:
+        return getattr(self, "groups", 1)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input, quantized where it is the input that has the quantizer."""
@@ -107,9 +125,12 @@ class Embedding(QuantizedLayer, nn.Embedding):
         """x: indices [...] -> [..., embedding_dim]; max_norm bounds the rows of the table before they are quantized."""
         if self.max_norm is not None:
             torch.embedding_renorm_(self.weight.detach(), x.contiguous(), self.max_norm, self.norm_type)
-        # Autocast leaves a lookup in the dtype of its table.
-        weight = self.weight if self.weight_fake_quant is None else self.weight_fake_quant(self.weight)
+        weight = self.quantized_weight(x.device.type)
         return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+    def quantized_dtype(self, device_type: str) -> torch.dtype | None:
+        """Autocast leaves a lookup in the dtype of its table."""
+        return None
 
 
 class _Convolution(QuantizedLayer):
@@ -158,17 +179,6 @@ class _TransposedConvolution(QuantizedLayer):
         A view where groups is 1, or where the length that the groups split is groups.
         """
         return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-
-    def quantized_weight(self, device_type: str, name: str = "weight") -> Tensor:
-        """As in every layer, with the output channels moved to the front and back."""
-        quantizer = self.weight_fake_quant
-        if quantizer is None:
-            return self.weight
-        if isinstance(self.weight, nn.Parameter) and not torch.compiler.is_compiling():
-            quantizer.follows(self.weight)  # the quantizer sees no Parameter, but a view of one
-        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        quantized = quantizer(self.output_channels_first(self.weight, self.groups), autocast)
-        return self.output_channels_first(quantized, self.groups)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """x: [N, in_channels, *size] or [in_channels, *size] -> [N, out_channels, *size'] or [out_channels, *size'].

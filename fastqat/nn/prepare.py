@@ -12,6 +12,7 @@ from torch import nn
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.selection import Choice, Override, choose, names_of_modules
 from fastqat.nn.spec import QConfig, QSpec
+from fastqat.nn.together import BUCKETS
 from fastqat.nn.twins import (
     changed_since,
     guard_fused_kernels,
@@ -180,6 +181,9 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
         _write_quantized_weights(twins)
     for module in list(model.modules()):
         module.__dict__.pop(CHOICE, None)
+        buckets = module.__dict__.pop(BUCKETS, None)
+        if buckets is not None:
+            buckets.remove()
         if is_twin(module):
             for name in _quantizer_names(module):
                 module._modules.pop(name, None)

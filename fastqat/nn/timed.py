@@ -46,6 +46,9 @@ class Timed(nn.Module):
         self._clock = weakref.ref(weight)
         self.tracked = True
 
+    def advanced(self) -> None:
+        """Called after every step."""
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy has weights of its own: it follows them from its first forward on.
         return {**self.__dict__, "_clock": None, "tracked": False}
@@ -55,6 +58,8 @@ def _advance(modules: list[Timed]) -> None:
     if modules:
         with torch.no_grad():
             torch._foreach_add_([m.step for m in modules], 1)
+        for module in modules:
+            module.advanced()
 
 
 def _advance_owned(optimizer: torch.optim.Optimizer, *_: object) -> None:

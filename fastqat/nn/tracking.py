@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastqat.multi_tensor import STATE
 from fastqat.ops import checks, words
@@ -105,10 +107,18 @@ class Dampening:
 
 
 def value_at(value: float | Schedule, step: Tensor) -> Tensor:
-    """A number or a schedule at a step, int64 [1]: float32 [1] on its device."""
+    """A number or a schedule at steps, int64 of any shape: float32 likewise, [1] for a number, on their device."""
     if isinstance(value, Schedule):
         return value.tensor(step)
-    return torch.full((1,), value, device=step.device)
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # a fake or traced tensor must not be kept
+        return torch.full((1,), value, device=step.device)
+    return _constant(float(value), step.device)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _constant(value: float, device: torch.device) -> Tensor:
+    return torch.full((1,), value, device=device)
 
 
 def _number(name: str, value: object) -> None:
