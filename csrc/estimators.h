@@ -26,6 +26,8 @@ FASTQAT_INLINE float exp_of_minus(float v) {
 
 // Of the sigmoid of slope k: (k/2) / tanh(k/2), its derivative at a threshold.
 FASTQAT_INLINE float sigmoid_peak(float k) {
+  if (k < 0.25f)
+    return 1.0f + k * k * (1.0f / 12.0f) * (1.0f - k * k * (1.0f / 60.0f));  // 1 - e^-k has lost its digits
   float e = exp_of_minus(k > 80.0f ? 80.0f : k);
   return 0.5f * k * (1.0f + e) / (1.0f - e);
 }

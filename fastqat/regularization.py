@@ -6,6 +6,7 @@ weight is out of training, and neither counts nor gets a gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,11 +17,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fastqat import functional
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.layers import QuantizedLayer
+from fastqat.nn.tracking import Dampening, value_at
 from fastqat.nn.twins import quantized_view
-from fastqat.ops import checks
+from fastqat.ops import checks, words
 from fastqat.schedules import Schedule
-
-AGGREGATES = ("sum", "mean", "kernel_mean")
 
 
 def dampening(
@@ -57,8 +57,8 @@ def dampening(
 
     Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022.
     """
-    checks.choice("aggregate", aggregate, AGGREGATES)
-    grid = {"qmin": qmin, "qmax": qmax, "axis": axis, "group_size": group_size, "offset": offset, "eps": eps}
+    factor = Dampening(aggregate=aggregate).factor(torch.atleast_1d(w))
+    grid: dict[str, Any] = dict(qmin=qmin, qmax=qmax, axis=axis, group_size=group_size, offset=offset, eps=eps)
 
     def nearest(x: Tensor) -> Tensor:
         return functional.fake_quantize(x, scale, zero_point, **grid, out_dtype=torch.float32)
@@ -67,8 +67,6 @@ def dampening(
         y = nearest(w)
         low, high = (nearest(torch.full_like(w, end)) for end in (-torch.inf, torch.inf))
     distance = _without(frozen, w.float().clamp(low, high) - y)
-    channels = w.shape[0] if w.dim() else 1
-    factor = {"sum": 1.0, "mean": 1 / max(w.numel(), 1), "kernel_mean": channels / max(w.numel(), 1)}[aggregate]
     return distance.square().sum() * factor
 
 
@@ -105,7 +103,7 @@ def bin_error(
 
     Source: Han et al., "Improving Low-Precision Network Quantization via Bin Regularization", ICCV 2021.
     """
-    grid = {"qmin": qmin, "qmax": qmax, "axis": axis, "group_size": group_size, "offset": offset, "eps": eps}
+    grid: dict[str, Any] = dict(qmin=qmin, qmax=qmax, axis=axis, group_size=group_size, offset=offset, eps=eps)
     with torch.no_grad():
         codes = functional.quantize(w, scale, zero_point, **grid, dtype=torch.int32)
         y = functional.dequantize(codes, scale, zero_point, **grid)
@@ -125,9 +123,7 @@ def _without(frozen: Tensor | None, distance: Tensor) -> Tensor:
     return distance.masked_fill(frozen, 0.0)
 
 
-def dampening_loss(
-    model: nn.Module, weight: float | Tensor | Schedule = 0.1, aggregate: str = "kernel_mean"
-) -> Tensor:
+def dampening_loss(model: nn.Module, weight: float | Tensor | Schedule = 0.1, aggregate: str = "kernel_mean") -> Tensor:
     """Return the dampening loss of a model: weight * sum of :func:`dampening` over its quantized weights.
 
     It is added to the loss of the task. ``QSpec(dampening=...)`` gives the same gradient at no cost, within the
@@ -136,7 +132,7 @@ def dampening_loss(
 
     Args:
         model: prepared by :func:`fastqat.prepare`, or with FakeQuant as a parametrization of weights.
-        weight: lambda: a number, a 0-dim tensor, or a schedule, which each weight's quantizer reads at its own step.
+        weight: lambda: a number, a tensor of one, or a schedule, which each weight's quantizer reads at its own step.
         aggregate: see :func:`dampening`.
 
     Returns:
@@ -147,7 +143,6 @@ def dampening_loss(
 
     Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022.
     """
-    checks.choice("aggregate", aggregate, AGGREGATES)
     return _summed(model, weight, lambda w, **grid: dampening(w, **grid, aggregate=aggregate))
 
 
@@ -172,15 +167,13 @@ def bin_regularization(model: nn.Module, weight: float | Tensor | Schedule = 1.0
 
 
 def _summed(model: nn.Module, weight: float | Tensor | Schedule, loss: Callable[..., Tensor]) -> Tensor:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float, Tensor, Schedule)):
-        checks.fail(TypeError, "weight", "a number, a tensor or a schedule", repr(weight))
-    if isinstance(weight, (int, float)) and not 0 <= weight < float("inf"):
-        checks.fail(ValueError, "weight", "a finite number that is not negative", weight)
+    if not isinstance(weight, Tensor):
+        Dampening(weight)  # checks it
     terms = []
-    for w, quantizer in quantized_weights(model):
+    for w, quantizer in _quantized_weights(model):
         if quantizer.initialized and quantizer.fake_quant_enabled:
-            factor = weight.tensor(quantizer.step).squeeze(0) if isinstance(weight, Schedule) else weight
-            terms.append(factor * loss(w, **_grid(quantizer)))
+            factor = weight if isinstance(weight, Tensor) else value_at(weight, quantizer.step)
+            terms.append(factor.reshape(()) * loss(w, **_grid(quantizer)))
         else:
             terms.append(w.new_zeros((), dtype=torch.float32))
     if not terms:
@@ -190,9 +183,9 @@ def _summed(model: nn.Module, weight: float | Tensor | Schedule, loss: Callable[
 
 
 def _grid(quantizer: FakeQuant) -> dict[str, Any]:
-    """The grid of a quantizer, and what is frozen, as the losses take them."""
+    """The grid of a quantizer, and which weights are frozen, as the losses take them."""
     qmin, qmax = quantizer.codes
-    tracker: Any = getattr(quantizer, "tracker", None)
+    tracker = quantizer.tracker
     return {
         "scale": quantizer.scale,
         "zero_point": quantizer.zero_point,
@@ -202,27 +195,23 @@ def _grid(quantizer: FakeQuant) -> dict[str, Any]:
         "axis": quantizer.axis,
         "group_size": quantizer.group_size,
         "eps": quantizer.eps,
-        "frozen": tracker.frozen() if tracker is not None and tracker.is_materialized else None,
+        # Like the backward pass of the quantizer: a weight that this step has frozen is frozen from the next one on.
+        "frozen": words.unpacked(tracker.words).settled if tracker is not None and tracker.is_materialized else None,
     }
 
 
-def quantized_weights(model: nn.Module) -> Iterator[tuple[Tensor, FakeQuant]]:
-    """Yield each quantized weight of a model once, as its quantizer sees it, and the quantizer.
-
-    Args:
-        model: prepared by :func:`fastqat.prepare`, or with FakeQuant as a parametrization of weights.
-    """
-    seen = set()
+def _quantized_weights(model: nn.Module) -> Iterator[tuple[Tensor, FakeQuant]]:
+    """Each quantized weight of a model once, as its quantizer sees it and with its history, and the quantizer."""
+    seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             for name, quantizer in module.weight_quantizers().items():
                 weight = getattr(module, name)
-                if weight not in seen:
-                    seen.add(weight)
+                if id(weight) not in seen:
+                    seen.add(id(weight))
                     yield quantized_view(module, weight), quantizer
         elif isinstance(module, ParametrizationList) and module.is_tensor:
-            w: Any = module.original
-            for parametrization in module:
-                if isinstance(parametrization, FakeQuant):
-                    yield w, parametrization
-                w = parametrization(w)
+            chain: list[Any] = list(module)
+            for position, quantizer in enumerate(chain):
+                if isinstance(quantizer, FakeQuant):
+                    yield functools.reduce(lambda w, f: f(w), chain[:position], module.original), quantizer

@@ -1,4 +1,4 @@
-"""All weights of a model in one call: the results of quantizing them one by one, bit for bit, in every use of a model."""
+"""All weights of a model in one call: the results of quantizing them one by one, bit for bit, in every use."""
 
 from __future__ import annotations
 

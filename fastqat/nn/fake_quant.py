@@ -61,6 +61,7 @@ class FakeQuant(QuantizerState):
     range_low: Any  # Tensor, or None where the range does not follow the data
     range_high: Any
     observed_step: Any
+    _bits: int
     axis: int | None
     group_size: int | None
     signed: bool | None
@@ -400,8 +401,9 @@ class FakeQuant(QuantizerState):
         return axis, self.scale, self.zero_point
 
     def is_ready(self) -> bool:
-        """True if a forward would quantize: the range is set, and the quantizer is switched on."""
-        return self.initialized and self.fake_quant_enabled and not self._calibrating
+        """True if a call would quantize and do nothing else: the range is set, nothing is switched off, none listens."""
+        hooks = self._forward_hooks or self._forward_pre_hooks
+        return self.initialized and self.fake_quant_enabled and not self._calibrating and not hooks
 
     def item(self, x: Tensor, out_dtype: torch.dtype | None, value_of: Callable[..., Tensor] = value_at) -> Item:
         """The quantization of x, to be done together with others; see :func:`fastqat.nn.items.item_of`."""

@@ -16,8 +16,8 @@ LARGEST_GROWTH = 2.0**60
 
 def grid_at(i: int, x: Tensor, scales, zero_points, offsets, qranges, axes, eps) -> Grid:
     """Grid of the i-th tensor."""
-    shifts = [p[i] if p[i].numel() else None for p in (zero_points, offsets)]
-    return reference.grid_of(x, scales[i], *shifts, qranges[i], axis_of(axes[i]), eps[i])
+    zero_point, offset = (p[i] if p[i].numel() else None for p in (zero_points, offsets))
+    return reference.grid_of(x, scales[i], zero_point, offset, qranges[i], axis_of(axes[i]), eps[i])
 
 
 def axis_of(axis: int) -> int | None:

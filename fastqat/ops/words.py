@@ -10,7 +10,7 @@ The compiled twin is ``csrc/oscillation.h``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ NONE, UP, DOWN = 0, 1, 2
 CODE_BITS = {torch.uint8: 5, torch.int16: 8}  # those of the index, by dtype of the word
 
 
-class Word(NamedTuple):
+@dataclass(frozen=True)
+class Word:
     """Words taken apart: int32, int32 and bool tensors of their shape."""
 
     index: Tensor
