@@ -6,11 +6,13 @@ A mistake of the user ends with one message on stderr and exit code 2, and nothi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return command(options)
+        with _warnings_in_one_line():
+            return command(options)
     except KeyboardInterrupt:
         print("fastqat: interrupted", file=sys.stderr)
         return KILLED + signal.SIGINT
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show what warns the user without the line of code that did."""
+    with warnings.catch_warnings():
+        as_ever = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if category is UserWarning:
+                print(f"fastqat: warning: {' '.join(str(message).split())}", file=sys.stderr)
+            else:
+                as_ever(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def status(options: dict[str, Any]) -> int:
@@ -107,6 +126,22 @@ def train(options: dict[str, Any]) -> int:
     return 0
 
 
+def report(options: dict[str, Any]) -> int:
+    """Write what a run has recorded as an HTML file."""
+    try:
+        from fastqat.html_report import write_report
+
+        path = write_report(options["run"], options["root"])
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"fastqat report: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        print(f"fastqat report: {error}", file=sys.stderr)
+        return FAILED
+    print(f"the report is in {path}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastqat", description="Quantization-aware training.")
     commands = parser.add_subparsers(metavar="command", required=True)
@@ -115,11 +150,16 @@ def _parser() -> argparse.ArgumentParser:
     train_parser = commands.add_parser(
         "train",
         help="train a network, quantize it, and train it quantized",
-        usage="fastqat train [--recipe FILE | --resume DIR] [OPTION ...]",
+        usage="fastqat train [--recipe FILE ... | --resume DIR] [OPTION ...]",
         argument_default=argparse.SUPPRESS,
     )
     train_parser.set_defaults(command=train)
     _add_train_options(train_parser)
+    report_parser = commands.add_parser("report", help="show what a run has recorded, as one HTML file with pictures")
+    report_parser.set_defaults(command=report)
+    report_parser.add_argument("run", help="folder of the run; the report goes into its folder report", type=Path)
+    text = "folder of the data files, for the statistics of batch normalisation (default: where the run had them)"
+    report_parser.add_argument("--root", help=text, type=Path, metavar="PATH")
     return parser
 
 
@@ -127,8 +167,9 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     """Add one option per field of Config. What is not given stays out of the result: its default is the recipe's."""
     sources = parser.add_argument_group("where options come from")
     known = ", ".join(recipes())
-    text = f"YAML file of options, or one of {known}; options given here win (default: that of the data, if any)"
-    sources.add_argument("--recipe", help=text, metavar="FILE")
+    text = f"YAML file of options, or one of {known}; given more than once, the later one wins, and options given here "
+    text += "win over all. Those that name no data are laid over the recipe of the data, if there is one"
+    sources.add_argument("--recipe", help=text, metavar="FILE", action="append")
     sources.add_argument("--resume", help="go on with the run in this folder", type=Path, metavar="DIR")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for name, each in OPTIONS.items():

@@ -24,6 +24,7 @@ from fastqat.ops import reference
 THRESHOLD = 0.005  # the frequency above which the paper calls a weight oscillating
 KINDS = ("depthwise", "pointwise", "convolution", "linear", "embedding", "other")
 COUNTS = ("weights", "oscillating", "frozen", "transitions", "oscillations")
+STEP = len(COUNTS)  # behind them: the last tracked step, -1 where there is none
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +92,12 @@ def kind_of_layer(layer: nn.Module) -> str:
 
 
 def tracked(weights: Iterable[QuantizedWeight]) -> list[QuantizedWeight]:
-    """Those whose tracker has a state."""
-    return [each for each in weights if each.quantizer.tracker is not None and each.quantizer.tracker.is_materialized]
+    """Those whose tracker has a state, and whose quantizer a range: one of zeros has none until a step changes it."""
+
+    def has_state(quantizer: FakeQuant) -> bool:
+        return quantizer.tracker is not None and quantizer.tracker.is_materialized and quantizer.initialized
+
+    return [each for each in weights if has_state(each.quantizer)]
 
 
 @torch.no_grad()
@@ -104,7 +109,7 @@ def tracked_counts(weights: list[QuantizedWeight], threshold: float = THRESHOLD)
         threshold: of the frequency.
 
     Returns:
-        int64 [len(weights), 6] on the device of the first: :data:`COUNTS`, and the last tracked step.
+        int64 [len(weights), 6] on the device of the first: :data:`COUNTS`, and the last tracked step at :data:`STEP`.
     """
     rows = []
     for each in weights:
@@ -114,7 +119,7 @@ def tracked_counts(weights: list[QuantizedWeight], threshold: float = THRESHOLD)
         numbers = torch.stack([torch.full_like(tracker.counts[0], frozen.numel()), above.sum(), frozen.sum()])
         rows.append(torch.cat([numbers, tracker.counts[:2], tracker.clock[1:2].long()]))
     device = rows[0].device if rows else None
-    return torch.stack([row.to(device) for row in rows]) if rows else torch.zeros(0, 6, dtype=torch.int64)
+    return torch.stack([row.to(device) for row in rows]) if rows else torch.zeros(0, STEP + 1, dtype=torch.int64)
 
 
 def oscillation_summary(model: nn.Module, threshold: float = THRESHOLD) -> dict[str, Any]:
@@ -149,18 +154,17 @@ def oscillation_summary(model: nn.Module, threshold: float = THRESHOLD) -> dict[
         raise ValueError(f"threshold: wanted a number of at least 0; got {threshold}")
     everything = quantized_weights(model)
     weights = tracked(everything)
-    counts = tracked_counts(weights, threshold).tolist()
-    layers = {
-        each.name: {"kind": each.kind, **_shares(row, row[5])} for each, row in zip(weights, counts, strict=True)
-    }
-    steps = max((row[5] for row in counts), default=0)
-    total = _shares([sum(column) for column in zip(*counts, strict=True)] or [0] * 6, steps)
-    untracked = {each.name: _why_untracked(each.quantizer) for each in everything if each not in weights}
-    return {"threshold": threshold, **total, "layers": layers, "untracked": untracked}
+    counts = dict(zip(weights, tracked_counts(weights, threshold).tolist(), strict=True))
+    counts = {each: row for each, row in counts.items() if row[STEP] >= 0}
+    layers = {each.name: {"kind": each.kind, **_shares(row)} for each, row in counts.items()}
+    total = [sum(column) for column in zip(*counts.values(), strict=True)][:STEP] or [0] * STEP
+    steps = max((row[STEP] for row in counts.values()), default=0)
+    untracked = {each.name: _why_untracked(each.quantizer) for each in everything if each not in counts}
+    return {"threshold": threshold, **_shares([*total, steps]), "layers": layers, "untracked": untracked}
 
 
-def _shares(counts: list[int], steps: int) -> dict[str, Any]:
-    weights, oscillating, frozen, transitions, oscillations, *_ = counts
+def _shares(counts: list[int]) -> dict[str, Any]:
+    weights, oscillating, frozen, transitions, oscillations, steps = counts
     return {
         "weights": weights,
         "oscillating": oscillating / max(weights, 1),
@@ -179,27 +183,39 @@ def _why_untracked(quantizer: FakeQuant) -> str:
     return "its quantizer does not track"
 
 
-def latent_codes(weight: Tensor, quantizer: FakeQuant) -> Tensor:
+def latent_codes(x: Tensor, quantizer: FakeQuant, channels: Tensor | None = None) -> Tensor:
     """Where latent weights lie on the axis of the codes: x / s + z, or (x - o) / s on the offset grid.
 
     What rounds to a code, within the grid, lies no more than 1/2 from it; the thresholds lie half-way between codes.
 
     Args:
-        weight: float, as the quantizer sees it.
+        x: a weight as the quantizer sees it, or some values of one.
         quantizer: with a range.
+        channels: int64 of the shape of x, of some values: which scale each one has, see :func:`channels_of`.
 
     Returns:
-        float32 of its shape.
+        float32 of the shape of x.
     """
-    rows, axis = as_rows(weight, quantizer.axis, quantizer.group_size)
-    grid = reference.grid_of(
-        rows,
-        flat(quantizer.scale.detach()),
-        flat(None if quantizer.zero_point is None else quantizer.zero_point.detach()),
-        flat(None if quantizer.offset is None else quantizer.offset.detach()),
-        quantizer.qrange,
-        axis,
-        quantizer.eps,
-    )
-    place = reference.shifted(rows, grid) / grid.scale + grid.zero
-    return from_rows(place, weight, quantizer.axis, quantizer.group_size)
+    parameters = [quantizer.scale, quantizer.zero_point, quantizer.offset]
+    values = [None if p is None else flat(p.detach()) for p in parameters]
+    if channels is not None:
+        return _on_code_axis(x, [None if p is None else p[channels] for p in values], quantizer, 0)
+    rows, axis = as_rows(x, quantizer.axis, quantizer.group_size)
+    return from_rows(_on_code_axis(rows, values, quantizer, axis), x, quantizer.axis, quantizer.group_size)
+
+
+def channels_of(weight: Tensor, quantizer: FakeQuant) -> Tensor:
+    """The index of the scale of each element of a weight among all scales: int64 of its shape."""
+    numbers = torch.zeros_like(weight, dtype=torch.int64)
+    rows, axis = as_rows(numbers, quantizer.axis, quantizer.group_size)
+    if axis is not None:
+        shape = [-1 if dimension == axis % rows.dim() else 1 for dimension in range(rows.dim())]
+        rows = rows + torch.arange(rows.shape[axis], device=rows.device).view(shape)
+    return from_rows(rows, numbers, quantizer.axis, quantizer.group_size)
+
+
+def _on_code_axis(x: Tensor, parameters: list[Any], quantizer: FakeQuant, axis: int | None) -> Tensor:
+    axis = None if axis is None else axis % x.dim()
+    scale, zero_point, offset = parameters
+    grid = reference.grid_of(x, scale, zero_point, offset, quantizer.qrange, axis, quantizer.eps)
+    return reference.shifted(x, grid) / grid.scale + grid.zero

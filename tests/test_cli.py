@@ -85,8 +85,8 @@ def test_status_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--bits-weight", "9"], "--bits-weight: wanted an integer from 1 to 8; got '9'"),
         (["--bits-weight", "0"], "--bits-weight: wanted an integer from 1 to 8; got '0'"),
-        (["--bits-activation", "-1"], "--bits-activation: wanted an integer from 1 to 8; got '-1'"),
-        (["--bits-activation", "4.5"], "--bits-activation: wanted an integer from 1 to 8; got '4.5'"),
+        (["--bits-activation", "-1"], "--bits-activation: wanted an integer from 0 to 8; got '-1'"),
+        (["--bits-activation", "4.5"], "--bits-activation: wanted an integer from 0 to 8; got '4.5'"),
         (["--first-last-bits", "16"], "--first-last-bits: wanted an integer from 0 to 8; got '16'"),
         (["--lr", "fast"], "--lr: wanted a number of at least 0; got 'fast'"),
         (["--lr", "nan"], "--lr: wanted a number of at least 0; got 'nan'"),
@@ -147,8 +147,10 @@ def test_network_that_cannot_be_quantized(
     """It is refused before FP32 training, and not after."""
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("unfit.py").write_text(UNFIT)
-    assert message in refused(capsys, "train", "--model", f"unfit:{network}", "--out", "run")
-    assert not Path("run").exists()
+    for bits in ("3", "0"):  # of activations
+        argv = ["--model", f"unfit:{network}", "--bits-activation", bits, "--out", "run"]
+        assert message in refused(capsys, "train", *argv)
+        assert not Path("run").exists()
 
 
 def test_broken_image(capsys: pytest.CaptureFixture[str]) -> None:

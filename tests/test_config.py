@@ -64,11 +64,27 @@ def test_recipe_gives_way_to_options() -> None:
     assert make_config({}) == Config(threads=1)
     cifar = make_config({"data": "cifar10", "lr": 0.5})
     assert (cifar.model, cifar.bits_weight, cifar.batch_size, cifar.lr) == ("resnet20", 4, 128, 0.5)
-    assert make_config({"recipe": "cifar10"}) == make_config({"data": "cifar10"})
+    assert make_config({"recipe": ["cifar10"]}) == make_config({"data": "cifar10"})
     Path("mine.yaml").write_text("data: cifar10\nlr: 0.3\nepochs: 2\n")
     mine = make_config(flags("--recipe", "mine.yaml", "--epochs", "5"))
     assert (mine.data, mine.lr, mine.epochs, mine.bits_weight) == ("cifar10", 0.3, 5, Config.bits_weight)
     assert make_config({"data": "fashion-mnist"}) == Config(data="fashion-mnist")
+
+
+def test_recipes_are_layers() -> None:
+    """The later one wins; the recipe of the data lies below, unless one of them names data itself."""
+    Path("mine.yaml").write_text("lr: 0.3\nepochs: 2\noscillation_momentum: 0.2\n")
+    froze = make_config(flags("--data", "cifar10", "--model", "mobilenetv2", "--recipe", "freeze", "--root", "a"))
+    assert (froze.model, froze.bits_weight, froze.fp32_epochs) == ("mobilenetv2", 4, 160)
+    assert froze.track_oscillations and froze.freeze_threshold == read_recipe("freeze")["freeze_threshold"] > 0
+    assert make_config(flags("--data", "cifar10", "--recipe", "mine.yaml")).lr == 0.3 != read_recipe("cifar10")["lr"]
+    mine = make_config(flags("--recipe", "mine.yaml", "--recipe", "freeze", "--epochs", "5"))
+    assert (mine.data, mine.threads, mine.lr, mine.epochs) == ("digits", 1, 0.3, 5)
+    assert mine.oscillation_momentum == read_recipe("freeze")["oscillation_momentum"]
+    assert make_config(flags("--recipe", "freeze", "--recipe", "mine.yaml")).oscillation_momentum == 0.2
+    both = make_config(flags("--recipe", "dampen", "--recipe", "cifar10-mobilenetv2"))
+    assert (both.data, both.fp32_epochs, both.dampening) == ("cifar10", 12, 0.1)
+    assert make_config(flags("--recipe", "lsq", "--data", "fashion-mnist")).threads is None
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -110,7 +126,7 @@ def test_mistakes_in_a_recipe(text: str, message: str, capsys: pytest.CaptureFix
 
 def test_recipe_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--recipe", "absent"]) == 2
-    assert "recipe absent: wanted a file, or one of cifar10, cifar10-mobilenetv2, digits" in capsys.readouterr().err
+    assert f"recipe absent: wanted a file, or one of {', '.join(recipes())}; got neither" in capsys.readouterr().err
     Path("bytes.yaml").write_bytes(b"\xff\xfe\x00")
     assert cli.main(["train", "--recipe", "bytes.yaml"]) == 2
     assert "bytes.yaml: wanted YAML in UTF-8" in capsys.readouterr().err

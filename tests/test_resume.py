@@ -29,6 +29,9 @@ from fastqat.train.run_state import RunState
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 HERE = Path(__file__).resolve().parent
 TRICKY = f"{SMALL} --limit-train 180 --calibration-batches 2 --ema 0.9 --accumulate 2 --warmup-epochs 1 --save-steps 2"
+TRICKY += " --reestimate-bn always --bn-batches 3"
+TRICKY += " --track-oscillations --oscillation-momentum 0.05 --freeze-threshold 0.11 --freeze-threshold-start 0.2"
+TRICKY += " --dampening 0.1 --bin-regularization 0.001 --first-last-bits 0 --lr 0.3"  # all of it has something to do
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +50,16 @@ def test_kills_at_any_moment(tmp_path: Path) -> None:
     assert told["killed"] == 24
     for kind in ("whole", "short"):
         wanted = results(tmp_path / kind)
+        assert kind == "short" or wanted[0][-1]["frozen"] > 0
         killed = list(tmp_path.glob(f"{kind}-killed*"))
         assert len(killed) >= (1 if kind == "whole" else told["chosen"])
         for folder in killed:
             assert results(folder) == wanted, folder
             left = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
             assert sorted(left) == sorted(path.name for path in (tmp_path / kind).iterdir())
+            for name in ("steps.jsonl", "epochs.jsonl"):
+                recorded, whole = ((each / "oscillations" / name).read_text() for each in (folder, tmp_path / kind))
+                assert recorded == whole, folder
             assert len(list((folder / "checkpoints").glob("*.checkpoint"))) == 2
 
 

@@ -72,7 +72,8 @@ def train(net: nn.Module, call: Callable[[Tensor], Tensor] | None = None, steps:
         optimizer.zero_grad()
         loss = ((net if call is None else call)(X) - 1).square().mean()
         loss.backward()
-        seen += [loss.detach(), *(p.grad.clone() for n, p in net.named_parameters() if "unused" not in n)]
+        learned = (p for n, p in net.named_parameters() if p.requires_grad and "unused" not in n)
+        seen += [loss.detach(), *(p.grad.clone() for p in learned)]
         optimizer.step()
         with torch.no_grad():
             for name, p in net.named_parameters():
@@ -182,6 +183,7 @@ def test_taken_back() -> None:
     handle.remove()
     net(X)
     assert net.head.weight_fake_quant.together.value is None
+    fastqat.quantize_weights_together(net)  # and given back
     fastqat.remove(fastqat.prepare(network(TRACKED, True), QConfig(TRACKED, None)))(X)
 
 

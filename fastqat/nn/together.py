@@ -57,7 +57,7 @@ class WeightBuckets:
     """The hooks of :func:`quantize_weights_together`; ``remove()`` takes them off."""
 
     def __init__(self, model: nn.Module, buckets: list[list[_Member]]) -> None:
-        self.buckets = buckets
+        self.model, self.buckets = model, buckets
         # Before the hooks of others; and after them even where the forward pass fails.
         self._handles = [
             model.register_forward_pre_hook(self.before, prepend=True),
@@ -68,6 +68,7 @@ class WeightBuckets:
         """Take the hooks off: each layer quantizes its own weight again."""
         for handle in self._handles:
             handle.remove()
+        self.model.__dict__.pop(BUCKETS, None)
 
     def before(self, model: nn.Module, inputs: object) -> None:
         """Quantize the weights that can be."""

@@ -10,12 +10,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fastqat.ranges import ESTIMATORS
+from fastqat import ranges
+from fastqat.nn.tracking import AGGREGATES
+from fastqat.ops.checks import fail
+from fastqat.ops.estimators import ESTIMATORS
 from fastqat.train.data import DATASETS
 from fastqat.train.extras import import_extra
 from fastqat.train.options import Option, option, options_of
 
-TASK, QUANTIZATION, MACHINE = "what to train", "quantization", "machine"
+TASK, QUANTIZATION, OSCILLATIONS, MACHINE = "what to train", "quantization", "oscillations", "machine"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Config:
     first_last_bits: int = option(
         8, "bits of the first and the last layer, 0: as others", low=0, high=8, group=QUANTIZATION
     )
-    range: str = option("mse", "how the first ranges are chosen", choices=tuple(ESTIMATORS), group=QUANTIZATION)
+    range: str = option("mse", "how the first ranges are chosen", choices=tuple(ranges.ESTIMATORS), group=QUANTIZATION)
     calibration_batches: int = option(8, "training batches that choose the ranges", low=1, group=QUANTIZATION)
     reestimate_bn: str = option(
         "never",
@@ -56,6 +59,50 @@ class Config:
         group=QUANTIZATION,
     )
     bn_batches: int = option(50, "training batches for that", low=1, group=QUANTIZATION)
+    estimator: str = option("ste", "of the gradient of rounding weights", choices=tuple(ESTIMATORS), group=QUANTIZATION)
+    estimator_strength: float | None = option(
+        None, "its parameter: delta of ewgs, a of sigmoid, alpha of dsq, lambda of psg", group=QUANTIZATION
+    )
+    activation_estimator: str = option(
+        "ste", "of the gradient of rounding activations", choices=tuple(ESTIMATORS), group=QUANTIZATION
+    )
+
+    track_oscillations: bool = option(
+        False, "follow how often the code of each weight is reversed; freezing needs it", group=OSCILLATIONS
+    )
+    oscillation_momentum: float = option(
+        0.01, "of the averages of oscillations and codes, between 0 and 1", low=0, high=1, group=OSCILLATIONS
+    )
+    freeze_threshold: float = option(
+        0.0, "frequency of oscillation above which a weight is frozen; 0 freezes none", low=0, group=OSCILLATIONS
+    )
+    freeze_threshold_start: float | None = option(
+        None,
+        "threshold from which a cosine goes to --freeze-threshold; without it that holds from the first step on",
+        low=0,
+        group=OSCILLATIONS,
+    )
+    freeze_begin: float = option(
+        0.25, "part of QAT before which such a threshold freezes none", low=0, high=1, group=OSCILLATIONS
+    )
+    freeze_to: str = option(
+        "average", "code that a frozen weight gets", choices=("average", "current"), group=OSCILLATIONS
+    )
+    dampening: float = option(
+        0.0, "weight of the pull to the middle of the bins, at the end of QAT; 0 has none", low=0, group=OSCILLATIONS
+    )
+    dampening_begin: float = option(
+        0.25, "part of QAT after which it rises from 0, along a cosine", low=0, high=1, group=OSCILLATIONS
+    )
+    dampening_aggregate: str = option(
+        "kernel_mean", "of the pulls on the weights of a layer", choices=AGGREGATES, group=OSCILLATIONS
+    )
+    bin_regularization: float = option(
+        0.0, "weight of bin regularization in the loss; 0 has none", low=0, group=OSCILLATIONS
+    )
+    bin_regularization_begin: float = option(
+        0.0, "part of QAT before which it has none", low=0, high=1, group=OSCILLATIONS
+    )
 
     epochs: int = option(10, "epochs of quantization-aware training", low=0)
     fp32_epochs: int = option(15, "epochs of FP32 training before it", low=0)
@@ -98,6 +145,24 @@ class Config:
             warmup, epochs = getattr(self, f"{prefix}warmup_epochs"), getattr(self, f"{prefix}epochs")
             if epochs and warmup > epochs:
                 raise ValueError(f"{prefix}warmup_epochs: wanted at most {epochs}, all of the epochs; got {warmup}")
+        self._check_oscillations()
+
+    def _check_oscillations(self) -> None:
+        """Check what one option alone does not show; the quantizers themselves say what else does not fit."""
+        if not 0 < self.oscillation_momentum < 1:
+            fail(ValueError, "oscillation_momentum", "a number between 0 and 1, and neither", self.oscillation_momentum)
+        for name in ("freeze_begin", "dampening_begin", "bin_regularization_begin"):
+            if getattr(self, name) == 1:
+                fail(ValueError, name, "a part of QAT below 1", 1.0)
+        if self.freeze_threshold and not self.track_oscillations:
+            got = f"freeze_threshold {self.freeze_threshold}, track_oscillations false"
+            fail(ValueError, "freeze_threshold", "track_oscillations beside it: what oscillates is frozen", got)
+        if self.freeze_threshold_start is not None and not self.freeze_threshold:
+            got = f"freeze_threshold_start {self.freeze_threshold_start}, freeze_threshold 0"
+            fail(ValueError, "freeze_threshold", "the threshold that the cosine ends at", got)
+        if self.activation_estimator != "ste" and not self.bits_activation:
+            got = f"activation_estimator {self.activation_estimator}, bits_activation 0"
+            fail(ValueError, "activation_estimator", "bits_activation beside it", got)
 
     @property
     def bit_widths(self) -> str:
@@ -117,19 +182,22 @@ def make_config(given: dict[str, Any]) -> Config:
     """Complete the options that were given by a recipe.
 
     Args:
-        given: fields of :class:`Config`, and "recipe": a file, or the name of one in :func:`recipes`. Without it the
-            recipe is that of the data set's name, if there is one.
+        given: fields of :class:`Config`, and "recipe": files, or names of :func:`recipes`, of which the later ones win.
+            Where none of them names data, they are laid over the recipe of the data set's name, if there is one.
 
     Raises:
         ValueError: an option or the recipe is wrong.
         FileNotFoundError: there is no such recipe.
     """
     given = dict(given)
-    recipe = given.pop("recipe", None)
-    if recipe is None:
-        data = str(given.get("data", Config.data))
-        recipe = data if data in recipes() else None
-    return Config(**{**(read_recipe(str(recipe)) if recipe else {}), **given})
+    layers = [read_recipe(str(name)) for name in given.pop("recipe", ())]
+    data = str(given.get("data", Config.data))
+    if data in recipes() and not any("data" in layer for layer in layers):
+        layers.insert(0, read_recipe(data))
+    options: dict[str, Any] = {}
+    for layer in [*layers, given]:
+        options |= layer
+    return Config(**options)
 
 
 def recipes() -> list[str]:
@@ -189,7 +257,7 @@ def parse_options(text: str, source: str) -> dict[str, Any]:
 
 def nearest(key: str, known: Iterable[str]) -> str:
     """Say that an option is unknown, and which known one is nearest."""
-    close = difflib.get_close_matches(key.lower(), list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key.lower(), list(known), n=1, cutoff=0.65)
     return f"unknown option {key!r}; " + (f"did you mean {close[0]!r}?" if close else "all are in fastqat train --help")
 
 

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from fastqat.nn import FakeQuant
+
 WARMUP = 10  # updates: the first averages forget faster, so that they leave the initial weights behind
 
 
@@ -14,7 +16,8 @@ class AveragedModel:
     """A copy of a network that follows it.
 
     After update t, average = d * average + (1 - d) * value with d = min(decay, (1 + t) / (10 + t)), for all that is
-    floating point: weights, scales, statistics of BN. Whatever counts is copied.
+    floating point: weights, scales, statistics of BN. Whatever counts is copied. The state of oscillations is shared: a
+    weight that is frozen is so in the average.
 
     Args:
         model: the network; it is left alone.
@@ -24,6 +27,9 @@ class AveragedModel:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
+        for mine, other in zip(self.module.modules(), model.modules(), strict=True):
+            if isinstance(mine, FakeQuant) and isinstance(other, FakeQuant):
+                mine.tracker = other.tracker
 
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
@@ -35,10 +41,11 @@ class AveragedModel:
         """
         decay = min(self.decay, (1 + updates) / (WARMUP + updates))
         mine, others = _tensors(self.module), _tensors(model)
-        averaged = [(mine[key], others[key]) for key in mine if mine[key].is_floating_point()]
-        counts = [(mine[key], others[key]) for key in mine if not mine[key].is_floating_point()]
-        for kept, value in counts:
-            kept.copy_(value)
+        own = [(kept, others[key]) for key, kept in mine.items() if kept is not others[key]]
+        averaged = [(kept, value) for kept, value in own if kept.is_floating_point()]
+        for kept, value in own:
+            if not kept.is_floating_point():
+                kept.copy_(value)
         if averaged:
             kept_list, values = (list(each) for each in zip(*averaged, strict=True))
             torch._foreach_lerp_(kept_list, values, 1 - decay)

@@ -16,10 +16,12 @@ from fastqat.train.extras import import_extra
 BAR_PERIOD = 0.2  # seconds between looks at the running loss: each one waits for the device
 LINE_PERIOD = 30.0
 TESTS = {"": "test", "bn_": "re-estimated", "ema_": "average", "bn_ema_": "average re-estimated"}  # by prefix of a row
+SHARES = ("oscillating", "frozen")  # of the tracked weights
 COLUMNS = {  # of the table at the end: heading, key of a row, format
     "top-1": ("test_accuracy", ".2%"),
     "BN re-estimated": ("bn_test_accuracy", ".2%"),
     "loss": ("test_loss", ".4f"),
+    **{name: (name, ".2%") for name in SHARES},
 }
 
 
@@ -121,7 +123,9 @@ class Progress:
         """
         epoch = f"{row['epoch']:>{len(str(self.epochs))}}/{self.epochs}"
         train = f"train {row['train_loss']:.4f} {row['train_accuracy']:7.2%}"
-        line = f"{self.phase} epoch {epoch}  {train}  {test_text(row)}  {row['images_per_second']:,.0f} images/s"
+        shares = [f"{name} {row[name]:.2%}" for name in SHARES if name in row]
+        rate = f"{row['images_per_second']:,.0f} images/s"
+        line = "  ".join([f"{self.phase} epoch {epoch}", train, test_text(row), *shares, rate])
         self.console.print(line, soft_wrap=True)
 
 

@@ -20,6 +20,7 @@ from fastqat.train.curves import draw_curves
 from fastqat.train.optimization import scale_optimizer, weight_optimizer
 from fastqat.train.progress import print_table, test_text
 from fastqat.train.quantization import quantizers
+from fastqat.train.quantized_training import QuantizedTraining
 from fastqat.train.run import Run
 from fastqat.train.run_folder import Row
 from fastqat.train.run_state import PHASES
@@ -72,7 +73,8 @@ class Trainer(Run):
 
     def check(self) -> None:
         """Raise a ValueError where the network cannot be quantized, or does not use all that would be."""
-        self.qconfig = quantizers(self.config)
+        steps = self.config.epochs * self.data.train_batch_count(self.config.batch_size)
+        self.qconfig = quantizers(self.config, steps)
         # Calibration finds the quantizers that nothing reaches, those of weights too; it needs some of activations.
         self._prepare(replace(self.qconfig, activation=self.qconfig.activation or fastqat.QSpec()))
         fastqat.calibrate(self.model, [torch.zeros(1, *self.data.image_shape)], progress=False)
@@ -138,8 +140,9 @@ class Trainer(Run):
         config = self.config
         fp32 = phase == "FP32"
         warmup = config.fp32_warmup_epochs if fp32 else config.warmup_epochs
+        training = Training if fp32 else QuantizedTraining
         # Calibration has an order of the images to itself, between those of the two trainings.
-        return Training(self, phase, optimizers, epochs, 0 if fp32 else config.fp32_epochs + 1, warmup).fit()
+        return training(self, phase, optimizers, epochs, 0 if fp32 else config.fp32_epochs + 1, warmup).fit()
 
     def enter(self, phase: str) -> None:
         """Save at the beginning of the next phase, and stop there if a signal asks for it."""

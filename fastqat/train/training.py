@@ -85,7 +85,7 @@ class Training:
             position.seconds = time.monotonic() - started
             progress.step(state.meter, position.epoch, self._seen())
             if asked or due:
-                self.run.save()
+                self.save()
             self.run.stop_if(asked)
 
     def _end_epoch(self) -> Row:
@@ -101,11 +101,32 @@ class Training:
             lr=self.updates.lr(position.epoch * self.batches),
             seconds=position.seconds,
             images_per_second=self.images / position.seconds,
+            **self.facts(),
         )
         self.run.save_weights(row)
+        self.end_epoch(row)
         state.end_epoch()
         self.run.save()
         return row
+
+    def facts(self) -> dict[str, float]:
+        """Return what else the row of an epoch says."""
+        return {}
+
+    def end_epoch(self, row: Row) -> None:
+        """Keep what else there is to keep of an epoch, before its checkpoint is written."""
+
+    def save(self) -> None:
+        """Write a checkpoint within an epoch."""
+        self.run.save()
+
+    def penalty(self) -> Tensor | None:
+        """Return what is added to the loss of a step, [], if anything is."""
+        return None
+
+    def piece(self, index: int) -> contextlib.AbstractContextManager[object]:
+        """Return the context in which a piece of the batch runs forward and backward."""
+        return contextlib.nullcontext()
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[bool, bool]:
         """Update by one batch; return whether a signal asks to stop, and whether a checkpoint is due.
@@ -134,13 +155,16 @@ class Training:
         total = torch.zeros((), device=self.run.device)
         for index, (x, y) in enumerate(zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)):
             waits = world_size > 1 and index < pieces - 1  # gradients are averaged once, with the last piece
-            with self.network.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            context = self.network.no_sync() if waits else contextlib.nullcontext()  # type: ignore[operator]
+            with context, self.piece(index):
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.bf16):
                     logits = self.network(x)
                 smoothing = self.config.label_smoothing
                 loss = F.cross_entropy(logits.float(), y, reduction="sum", label_smoothing=smoothing)
                 # The mean of these over the processes is the mean over all images, however uneven the slices are.
-                (loss * (world_size / count)).backward()
+                mean = loss * (world_size / count)
+                penalty = self.penalty() if index == 0 else None
+                (mean if penalty is None else mean + penalty).backward()
             self.state.meter.add(loss, logits, y)
             total += loss.detach()
         return total

@@ -1,0 +1,234 @@
+"""Oscillation tracking and freezing on the CPU: what they add to a pass over the weights, and what the peers take.
+
+Weights move in each step: a pair of tensors takes turns, which differ in a given share of the codes. The contenders are
+those of ``bench_fake_quantize.py`` and two that track as well: the definition in plain torch, with ``torch.where`` for
+every weight, and ``torch.compile`` of it. 512 x 4608 and all 53 weights of a MobileNetV2, 3 bits, per channel.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conftest import goal, take_turns
+from peers import TrackingState, compiled_lsq, compiled_tracked_lsq, tracked_lsq
+from torch import Tensor, nn
+
+import fastqat
+from fastqat import models
+from fastqat.nn.together import BUCKETS
+
+SHAPE, BITS, QMIN, QMAX, MOMENTUM, THRESHOLD = (512, 4608), 3, -4, 3, 0.001, 0.1
+NUMEL = SHAPE[0] * SHAPE[1]
+SHARES = {"0.05 %": 0.0005, "0.5 %": 0.005}  # of the codes that change in a step
+PLACES = {"memory": 4, "cache": 1}  # pairs of tensors to go round
+OSCILLATION = fastqat.Oscillation(MOMENTUM, THRESHOLD)
+
+for place in PLACES:
+    for share, bound in zip(SHARES, (1.25, 1.5), strict=True):
+        label = f"tracked forward / copy_, {share} change, {place}"
+        goal(label, f"tracked {share}[{place}]", f"copy of pairs[{place}]", "<=", bound)
+    goal(f"tracked forward / forward, {place}", f"tracked 0.05 %[{place}]", f"untracked[{place}]", "<=", 1.15)
+    goal(f"tracked, frozen, dampened / plain, fwd + bwd, {place}", f"all_three[{place}]", f"plain[{place}]", "<=", 1.15)
+    for peer, bound in (("compiled", 12), ("eager", 30)):
+        label = f"{peer} tracked / fastqat tracked, fwd + bwd, {place}"
+        goal(label, f"{peer}_tracked[{place}]", f"fastqat_tracked[{place}]", ">=", bound)
+for peer, bound in (("compiled", 10), ("eager", 25)):
+    goal(f"53 weights: {peer} tracked / fastqat tracked", f"53_{peer}_tracked", "53_fastqat_tracked", ">=", bound)
+goal("53 weights: compiled LSQ / fastqat", "53_compiled_lsq", "53_fastqat", ">=", 1.5)
+
+
+def pair(weight: Tensor, scale: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """A weight, and one that differs from it by a step of the grid in a share of the elements."""
+    moved = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < share
+    step = scale.view(-1, *[1] * (weight.dim() - 1)) * torch.where(weight > 0, -1.0, 1.0)
+    return weight, torch.where(moved, weight + step, weight)
+
+
+def quantizer(scale: Tensor, **options) -> fastqat.FakeQuant:
+    return fastqat.FakeQuant(BITS, axis=0, channels=scale.numel(), range="fixed", scale=scale, learn="scale", **options)
+
+
+class Pairs:
+    """Pairs of weights that take turns: each call gets the other one of its pair, pair by pair."""
+
+    def __init__(self, sets: int, share: float) -> None:
+        torch.manual_seed(0)
+        weights = [torch.randn(SHAPE) * 0.1 for _ in range(sets)]
+        self.scale = weights[0].abs().amax(1) / QMAX * 0.7
+        self.pairs = [pair(w, self.scale, share) for w in weights]
+        self.g = torch.randn(SHAPE)
+
+    def rounds(self, make: Callable[[], Callable[[Tensor], object]]) -> Callable[[], object]:
+        """A callable that runs what make() made for a pair on its next tensor: each pair has a state of its own."""
+        turns: Iterator[tuple[Callable[[Tensor], object], Tensor]] = itertools.cycle(
+            [(call, w) for which in (0, 1) for call, w in self._calls(make, which)]
+        )
+
+        def run() -> object:
+            call, weight = next(turns)
+            return call(weight)
+
+        return run
+
+    def _calls(self, make, which: int):
+        if which == 0:
+            self._made = [make() for _ in self.pairs]
+        return [(call, p[which]) for call, p in zip(self._made, self.pairs, strict=True)]
+
+
+def forward_of(pairs: Pairs, out: Tensor, **options) -> Callable[[], Callable[[Tensor], object]]:
+    """A forward pass without gradients into a given tensor, at a step of its own."""
+
+    def make() -> Callable[[Tensor], object]:
+        q = quantizer(pairs.scale, **options)
+        q(pairs.pairs[0][0])
+        none = torch.empty(0)
+        tracker = q.tracker
+        state = [none] * 5 if tracker is None else [getattr(tracker, n) for n in fastqat.multi_tensor.STATE]
+        lists = [[t] for t in state]
+        momentum, threshold = (MOMENTUM, torch.tensor([THRESHOLD])) if tracker else (0.0, none)
+        grid = ([q.scale.detach()], [none], [none], [q.qrange], [0], [1e-8])
+        op = torch.ops.fastqat.multi_tensor_fake_quantize
+
+        def run(weight: Tensor) -> None:
+            q.step += 1
+            op([weight], *grid, [0], [-1], [q.step], [momentum], [1], [threshold], True, *lists, [out])
+
+        return run
+
+    return make
+
+
+def training(pairs: Pairs, **options) -> Callable[[], Callable[[Tensor], object]]:
+    """Forward and backward pass through the module."""
+
+    def make() -> Callable[[Tensor], object]:
+        q = quantizer(pairs.scale, **options)
+
+        def run(weight: Tensor) -> object:
+            q.step += 1
+            weight = weight.detach().requires_grad_()
+            return torch.autograd.grad(q(weight), (weight, q.scale), pairs.g)
+
+        return run
+
+    return make
+
+
+def peer_training(pairs: Pairs, function) -> Callable[[], Callable[[Tensor], object]]:
+    """The same by a peer that tracks."""
+
+    def make() -> Callable[[Tensor], object]:
+        scale, state = (
+            pairs.scale.clone().requires_grad_(),
+            TrackingState.of(pairs.pairs[0][0], pairs.scale, QMIN, QMAX),
+        )
+
+        def run(weight: Tensor) -> object:
+            weight = weight.detach().requires_grad_()
+            y = function(weight, scale, QMIN, QMAX, state, MOMENTUM, THRESHOLD)
+            return torch.autograd.grad(y, (weight, scale), pairs.g)
+
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("place", PLACES)
+def bench_tracked_forward(benchmark, place):
+    out = torch.zeros(SHAPE)
+    by_share = {share: Pairs(PLACES[place], value) for share, value in SHARES.items()}
+    first = by_share["0.05 %"]
+    contenders = {
+        f"copy of pairs[{place}]": (first.rounds(lambda: out.copy_), 8 * NUMEL),
+        f"untracked[{place}]": (first.rounds(forward_of(first, out)), 8 * NUMEL),
+    }
+    for share, pairs in by_share.items():
+        tracked = forward_of(pairs, out, oscillation=OSCILLATION)
+        contenders[f"tracked {share}[{place}]"] = (pairs.rounds(tracked), 9 * NUMEL)
+    take_turns(benchmark, contenders, rounds=400)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def bench_tracked_training(benchmark, place):
+    pairs = Pairs(PLACES[place], SHARES["0.05 %"])
+    dampening = fastqat.Dampening(0.1)
+    contenders = {
+        "plain": training(pairs),
+        "fastqat_tracked": training(pairs, oscillation=OSCILLATION),
+        "all_three": training(pairs, oscillation=OSCILLATION, dampening=dampening),
+        "compiled_tracked": peer_training(pairs, compiled_tracked_lsq()),
+        "eager_tracked": peer_training(pairs, tracked_lsq),
+    }
+    named = {f"{name}[{place}]": (pairs.rounds(make), 0) for name, make in contenders.items()}
+    take_turns(benchmark, named, rounds=40)
+
+
+class Whole:
+    """All weights of a MobileNetV2, each in two versions, and their gradients."""
+
+    def __init__(self, oscillation: fastqat.Oscillation | None) -> None:
+        torch.manual_seed(0)
+        self.model: nn.Module = models.build("mobilenetv2", 10, (3, 32, 32))
+        spec = fastqat.QSpec(BITS, axis=0, learn="scale", oscillation=oscillation)
+        fastqat.prepare(self.model, fastqat.QConfig(spec, None))
+        self.buckets = fastqat.quantize_weights_together(self.model)
+        members = self.buckets.buckets[0]
+        assert len(members) == 53
+        self.quantizers = [m.quantizer for m in members]
+        self.weights = [m.weight for m in members]
+        self.scales = [q.scale for q in self.quantizers]
+        pairs = [pair(w.detach(), s.detach(), 0.0005) for w, s in zip(self.weights, self.scales, strict=True)]
+        self.versions = itertools.cycle([[p[k].clone() for p in pairs] for k in (0, 1)])
+        self.g = [torch.randn_like(w) for w in self.weights]
+
+    def fastqat(self) -> object:
+        for weight, version in zip(self.weights, next(self.versions), strict=True):
+            weight.data = version
+        fastqat.step(self.model)
+        self.buckets.before(self.model, ())
+        ys = [q.together.value for q in self.quantizers]
+        return torch.autograd.grad(ys, self.weights + self.scales, self.g)
+
+    def peer(self, quantize_all: Callable[[list[Tensor], list[Tensor]], list[Tensor]]) -> Callable[[], object]:
+        scales = [s.detach().clone().requires_grad_() for s in self.scales]
+
+        def run() -> object:
+            weights = [w.detach().requires_grad_() for w in next(self.versions)]
+            return torch.autograd.grad(quantize_all(weights, scales), weights + scales, self.g)
+
+        return run
+
+    def states(self) -> list[TrackingState]:
+        return [TrackingState.of(w.detach(), s, QMIN, QMAX) for w, s in zip(self.weights, self.scales, strict=True)]
+
+
+def all_tracked(states: list[TrackingState]) -> Callable[[list[Tensor], list[Tensor]], list[Tensor]]:
+    def run(weights: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
+        three = zip(weights, scales, states, strict=True)
+        return [tracked_lsq(w, s, QMIN, QMAX, state, MOMENTUM, THRESHOLD) for w, s, state in three]
+
+    return run
+
+
+def bench_53_weights(benchmark):
+    tracked, plain = Whole(OSCILLATION), Whole(None)
+    assert hasattr(tracked.model, BUCKETS)
+    lsq = compiled_lsq()
+    compiled_all = torch.compile(all_tracked(tracked.states()), fullgraph=True)
+
+    @torch.compile(fullgraph=True)
+    def compiled_lsq_all(weights: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
+        return [lsq(w.flatten(1), s, QMIN, QMAX).view_as(w) for w, s in zip(weights, scales, strict=True)]
+
+    contenders = {
+        "53_fastqat_tracked": tracked.fastqat,
+        "53_compiled_tracked": tracked.peer(compiled_all),
+        "53_eager_tracked": tracked.peer(all_tracked(tracked.states())),
+        "53_fastqat": plain.fastqat,
+        "53_compiled_lsq": plain.peer(compiled_lsq_all),
+    }
+    take_turns(benchmark, {name: (call, 0) for name, call in contenders.items()}, rounds=30)
