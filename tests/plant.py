@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("csrc", "fastqat", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+COPIED = ("csrc", "fastqat", "tests", "examples", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 REFERENCE, MATH, REDUCE = "fastqat/ops/reference.py", "csrc/math.h", "csrc/cpu/reduce.h"
 TRITON, LAYOUT = "fastqat/ops/triton/math.py", "fastqat/ops/triton/layout.py"
 
@@ -40,9 +40,9 @@ def plant(name: str, tests: tuple[str, ...], *replacements: tuple[str, str, str]
 
 
 IN_FINISHING_ORDER = (
-    "        double& result = partial[p * width + (cut.by_rows ? 0 : i)][q];\n",
+    "        double& result = partial_[p * width_ + (cut_.by_rows ? 0 : i)][q];\n",
     "        static std::mutex mutex;\n        std::lock_guard<std::mutex> guard(mutex);\n"
-    "        double& result = partial[cut.by_rows ? p / cut.per_row * cut.per_row : p * width + i][q];\n",
+    "        double& result = partial_[cut_.by_rows ? p / cut_.per_row * cut_.per_row : p * width_ + i][q];\n",
 )
 
 PLANTS = (
