@@ -167,15 +167,16 @@ FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& 
   if (kHeld) lev = held ? extras.held : lev;
   // t inside, else 0; as a mask of bits, since g++ computes both sides of what follows a conditional
   float passed = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, t) & (inside ? 0xffffffffu : 0u));
+  float factor = inside ? extras.factor : 1.0f;  // outside it may be NaN
   float slope;
   if (kPath == Path::divide) {
     double ratio = static_cast<double>(passed) / static_cast<double>(ch.scale);
-    slope = static_cast<float>((lev - (kFactor ? extras.factor * ratio : ratio)) * grad_scale_divisor(ch));
+    slope = static_cast<float>((lev - (kFactor ? factor * ratio : ratio)) * grad_scale_divisor(ch));
   } else {
     slope = __builtin_fmaf(lev, ch.scale, -passed);
-    if (kFactor) slope = slope - (inside ? extras.factor - 1.0f : 0.0f) * passed;
+    if (kFactor) slope = slope - (factor - 1.0f) * passed;
   }
-  float dx = inside ? (kFactor ? g * extras.factor : g) : 0.0f;
+  float dx = inside ? (kFactor ? g * factor : g) : 0.0f;
   if (kFactor) slope = inside ? slope * extras.within : slope;
   if (kDamped) {
     bool in_range = (t >= ch.scale * ch.low) & (t <= ch.scale * ch.high) & !held;

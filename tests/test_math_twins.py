@@ -1,4 +1,4 @@
-"""csrc/math.h and its Triton twin have the same names in the same order."""
+"""The headers of csrc without torch and their Triton twins have the same names in the same order."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
-C_NAME = re.compile(r"^(?:struct (\w+) \{|constexpr float (\w+) =|FASTQAT_INLINE [\w:]+ (\w+)\()", re.MULTILINE)
+C_NAMES = re.compile(
+    r"^(?:struct (\w+) \{|constexpr \w+ (k[^;]*);|enum \w+ : \w+ \{([^}]*)\}|FASTQAT_INLINE [\w:]+ (\w+)\()",
+    re.MULTILINE,
+)
 
 
 def c_names(text: str) -> list[str]:
-    return [next(filter(None, match)) for match in C_NAME.findall(text)]
+    """Structures, constants, enumerators and functions in order."""
+    names = []
+    for structure, constants, enumerators, function in C_NAMES.findall(text):
+        one = structure or function
+        names += [one] if one else re.findall(r"\b(k[A-Z]\w*)(?: =[^=]|,|\s*$)", constants or enumerators)
+    return names
 
 
 def python_names(text: str) -> list[str]:
@@ -20,17 +30,21 @@ def python_names(text: str) -> list[str]:
     for node in ast.parse(text).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             names.append(node.name)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            names.append(node.targets[0].id)
+        elif isinstance(node, ast.Assign):
+            target = node.targets[0]
+            targets = target.elts if isinstance(target, ast.Tuple) else [target]
+            names += [t.id for t in targets if isinstance(t, ast.Name)]
     return [name for name in names if not name.startswith("_")]
 
 
-def test_same_names_in_the_same_order() -> None:
-    ours = c_names((ROOT / "csrc" / "math.h").read_text())
-    assert len(ours) > 15, "the pattern no longer finds the names of math.h"
-    assert python_names((ROOT / "fastqat" / "ops" / "triton" / "math.py").read_text()) == ours
+@pytest.mark.parametrize(("header", "least"), (("math", 15), ("estimators", 8), ("oscillation", 12)))
+def test_same_names_in_the_same_order(header: str, least: int) -> None:
+    ours = c_names((ROOT / "csrc" / f"{header}.h").read_text())
+    assert len(ours) > least, f"the pattern no longer finds the names of {header}.h"
+    assert python_names((ROOT / "fastqat" / "ops" / "triton" / f"{header}.py").read_text()) == ours
 
 
 def test_the_patterns_see_a_difference() -> None:
-    assert c_names("struct A {\nFASTQAT_INLINE float b(float v) {\n") == ["A", "b"]
-    assert python_names("class A: ...\ndef _x(): ...\ndef b(): ...\n") == ["A", "b"]
+    text = "struct A {\nFASTQAT_INLINE float b(float v) {\nconstexpr int kC = 0, kD = x == 1 ? 5 : 8;  // d\n"
+    assert c_names(text + "enum E : int64_t { kF, kG };\n") == ["A", "b", "kC", "kD", "kF", "kG"]
+    assert python_names("class A: ...\ndef _x(): ...\ndef b(): ...\nkC, kD = 0, 1\n") == ["A", "b", "kC", "kD"]

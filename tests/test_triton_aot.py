@@ -77,11 +77,31 @@ def calls() -> dict[str, Callable[[], object]]:
         }[op]
 
     made = {f"{op}-{dtype}": case(op, getattr(torch, dtype), 0, "zero_point") for op, dtype in FMA}
+    made |= {f"{name}-{dtype}": many(name, getattr(torch, dtype)) for name, dtype in MANY}
     made["offset"] = case("fake_quantize", torch.float32, None, "offset")
     made["contracted"] = case("fake_quantize", torch.float32, None, "offset")
     made["unaligned"] = case("fake_quantize", torch.float32, None, first=1)
     made["bare division"] = lambda: bare_division_kernel[(1,)](qrange.new_zeros(1024).float(), torch.empty(1024))
     return made
+
+
+def many(name: str, dtype: torch.dtype) -> Callable[[], object]:
+    """A call of an op on many tensors with one tensor, tracked, and for the gradient what the name says."""
+    from fastqat.ops import estimators, words
+    from fastqat.ops import triton as ops
+
+    x, none = torch.zeros(64, 4608, dtype=dtype), torch.empty(0)
+    scale, qrange, step = torch.ones(64), torch.tensor([-4, 3], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    word, one = torch.zeros_like(x, dtype=words.dtype_of(3)), torch.ones(1)
+    grid = ([scale], [none], [none], [qrange], [0], [1e-8], [3], [-1], [step])
+    if name == "tracked":
+        like = torch.zeros_like(x, dtype=torch.float32)
+        state = (word, like, like.clone(), torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.float64))
+        options = ([0.01], [1], [one], True, *([t] for t in state), [torch.empty_like(x)])
+        return lambda: ops.multi_tensor_fake_quantize([x], *grid, *options)
+    number = estimators.ESTIMATORS[name][0]
+    options = ([1], [0], [number], [one], [one], [word], [torch.empty_like(x)], [scale.clone()], [none])
+    return lambda: ops.multi_tensor_fake_quantize_backward([x.clone()], [x], *grid, *options)
 
 
 @triton.jit
@@ -102,6 +122,19 @@ FMA = {
     ("quantize", "bfloat16"): 16 * 2,
     ("minmax", "float32"): 0,
     ("minmax", "bfloat16"): 0,
+}
+
+
+# The same for the ops on many tensors: dampening takes one more, a sigmoid eight, and its peak once eight in a thread.
+MANY = {
+    ("tracked", "float32"): 8 * 2,
+    ("tracked", "bfloat16"): 8 * 2,
+    ("ste", "float32"): 8 * (4 + 2),
+    ("ste", "bfloat16"): 8 * (4 + 2),
+    ("ewgs", "float32"): 8 * (4 + 2),
+    ("sigmoid", "float32"): 8 * (4 + 2 + 2 * 8) + 2 * 8,
+    ("psg", "float32"): 8 * (4 + 2),
+    ("pact", "bfloat16"): 8 * (4 + 2),
 }
 
 
@@ -144,6 +177,14 @@ def test_kernel_is_exact_and_wide(compiled: dict[str, dict[str, str]], op: str, 
     minmax = op == "minmax"
     code = compiled[f"{op}-{dtype}"]
     assert faults(code, FMA[op, dtype], exact_quotients=not minmax, stores=not minmax) == []
+
+
+@pytest.mark.parametrize(("name", "dtype"), MANY)
+def test_kernel_on_many_tensors_is_exact_and_wide(compiled: dict[str, dict[str, str]], name: str, dtype: str) -> None:
+    """The same of tracking, and of gradients with frozen weights, dampening and an estimator."""
+    code = compiled[f"{name}-{dtype}"]
+    assert faults(code, MANY[name, dtype]) == []
+    assert "ld.global.b8" not in code["ptx"], "the words of a thread are not read in one access"
 
 
 def test_offset_grid_rounds_twice(compiled: dict[str, dict[str, str]]) -> None:

@@ -127,13 +127,13 @@ class Job {
     bool plain = !state_ && !noise_.on();
     spans_of_piece(cut_, grid_, p, plain && in_place_ ? kChunk : kBlock,
                    [&](int64_t offset, int64_t n, const auto& channels) {
-                     float buffer_in[kBlock], buffer_out[kBlock];
+                     float buffer_in[kBlock], buffer_out[kBlock], levels[kBlock];
                      const float* x = in_.block(offset, n, buffer_in);
                      float* y = out_.block(offset, buffer_out);
                      if (plain)
                        forward_loop(channels, grid_.offset_grid())(x, y, n, channels);
                      else if (!state_)
-                       stochastic(x, y, offset, n, channels);
+                       stochastic(x, y, levels, offset, n, channels);
                      else if (state_->words.scalar_type() == ScalarType::Byte)
                        tracked<uint8_t>(x, y, offset, n, channels);
                      else
@@ -153,22 +153,23 @@ class Job {
   }
 
   template <class Channels>
-  void stochastic(const float* x, float* y, int64_t offset, int64_t n, const Channels& channels) const {
-    float drawn[kBlock];
-    noise_.draw(x, drawn, offset, n, channels, grid_.offset_grid());
+  void stochastic(const float* x, float* y, float* levels, int64_t offset, int64_t n, const Channels& channels) const {
+    noise_.draw(x, levels, offset, n, channels, grid_.offset_grid());
     for (int64_t i = 0; i < n; ++i) {
       Channel ch = channels[i];
-      y[i] = value_of(clamp(drawn[i], ch.low, ch.high), ch);
+      levels[i] = clamp(levels[i], ch.low, ch.high);
+      y[i] = value_of(levels[i], ch);
     }
   }
 
   template <class Word, class Channels>
   void tracked(const float* x, float* y, int64_t offset, int64_t n, const Channels& channels) {
     alignas(8) uint8_t attention[kBlock];
+    float levels[kBlock];  // of stochastic rounding
     State& state = *state_;
     const Word* words = static_cast<const Word*>(state.words.data_ptr()) + offset;
     if (noise_.on()) {
-      stochastic(x, y, offset, n, channels);
+      stochastic(x, y, levels, offset, n, channels);
       for (int64_t i = 0; i < n; ++i) {
         Channel ch = channels[i];
         if (flags_of(words[i]) == kSettled && x[i] == x[i])
@@ -187,18 +188,21 @@ class Job {
       std::memcpy(&eight, attention + i, 8);
       if (!eight) continue;
       for (int64_t k = i; k < std::min(n, i + 8); ++k)
-        if (attention[k]) visit<Word>(y[k], x[k], offset + k, channels[k], channels.fast, events);
+        if (attention[k]) {
+          Channel ch = channels[k];
+          visit<Word>(y[k], noise_.on() ? levels[k] : level_of(x[k], ch, channels.fast), offset + k, ch, events);
+        }
     }
     for (int q = 0; q < 3; ++q)
       if (events[q]) __atomic_fetch_add(&state.events[q], events[q], __ATOMIC_RELAXED);
   }
 
-  // One weight that may have changed. y: its value, which is replaced where it is frozen.
+  // One weight that may have changed, at its own level. y: its value, which is replaced where it is frozen.
   template <class Word>
-  void visit(float& y, float x, int64_t element, const Channel& ch, bool fast, int64_t* events) {
+  void visit(float& y, float own, int64_t element, const Channel& ch, int64_t* events) {
     State& state = *state_;
-    bool number = x == x;
-    float own = number ? level_of(x, y, ch, fast) : clamp(0.0f, ch.low, ch.high);
+    bool number = own == own;
+    if (!number) own = clamp(0.0f, ch.low, ch.high);
     Word& word = static_cast<Word*>(state.words.data_ptr())[element];
     float& frequency = state.frequency.mutable_data_ptr<float>()[element];
     float& average = state.average.mutable_data_ptr<float>()[element];
@@ -216,8 +220,7 @@ class Job {
     events[2] += event.freezes;
   }
 
-  float level_of(float x, float y, const Channel& ch, bool fast) const {
-    if (noise_.on()) return round_even((grid_.offset_grid() ? y - ch.shift : y) / ch.scale);
+  float level_of(float x, const Channel& ch, bool fast) const {
     float t = grid_.offset_grid() ? shifted<true>(x, ch) : x;
     return fast ? level<true>(t, ch) : level<false>(t, ch);
   }

@@ -24,8 +24,8 @@ _MODULES = {
     "minmax": "minmax",
     "range_search": "range_search",
     "philox_uniform": "philox",
-    "multi_tensor_fake_quantize": "multi_tensor",
-    "multi_tensor_fake_quantize_backward": "multi_tensor",
+    "multi_tensor_fake_quantize": "multi_tensor_fake_quantize",
+    "multi_tensor_fake_quantize_backward": "multi_tensor_fake_quantize_backward",
 }
 
 

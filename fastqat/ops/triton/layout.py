@@ -99,6 +99,15 @@ def writing(result: Tensor, x: Tensor) -> Iterator[Tensor]:
         result.copy_(buffer)
 
 
+@contextlib.contextmanager
+def updating(state: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """As :func:`writing`, for a tensor that is read first."""
+    with writing(state, x) as own:
+        if own is not state:
+            own.copy_(state)
+        yield own
+
+
 def matrix_of(
     x: Tensor, axis: int | None, width: int, reduces: bool = False, widest: int = 256
 ) -> tuple[Shape, Tile, int]:

@@ -164,23 +164,55 @@ def grad_scale_divisor(ch):
     return (ch.scale * _gradient_unit(ch)).to(tl.float64)
 
 
+class Extras(NamedTuple):
+    """What tracking, an estimator and dampening change in the gradient of an element; None: nothing."""
+
+    held: tl.tensor | None  # level of a frozen weight, which passes nothing to x; NaN: not frozen
+    factor: tl.tensor | None  # of the estimator, in the place of the derivative of rounding
+    dampening: tl.tensor | None  # k: adds k * (x - y) to dx inside the range
+    drawn: tl.tensor | None  # what stochastic rounding makes of t / scale
+
+
 @triton.jit
-def fake_quantize_backward(g, x, ch, FAST: tl.constexpr, OFFSET: tl.constexpr, ROUNDED: tl.constexpr):
-    """Gradient of one element; the term of ds is multiplied by grad_scale_divisor()."""
+def fake_quantize_backward(
+    g,
+    x,
+    ch,
+    FAST: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    extras,
+    WITHIN: tl.constexpr,
+):
+    """Gradient of one element; the term of ds is multiplied by grad_scale_divisor().
+
+    extras: Extras; WITHIN: whether a value inside the range adds to ds.
+    """
     t = shifted(x, ch, OFFSET)
     r = ratio(t, ch, FAST) if ROUNDED else _ratio_with_sign(t, ch, FAST)
-    k = round_even(r)
+    k = round_even(r) if extras.drawn is None else extras.drawn
     tested = k if ROUNDED else r
     inside = (tested >= ch.low) & (tested <= ch.high)
     lev = tl.minimum(tl.maximum(k, ch.low), ch.high)  # NaN becomes the lowest level, so that no term is NaN
+    in_range = (t >= ch.scale * ch.low) & (t <= ch.scale * ch.high)
+    if extras.held is not None:
+        free = extras.held != extras.held
+        inside, in_range = inside & free, in_range & free
+        lev = tl.where(free, lev, extras.held)
     valid = tl.where(r == r, g, 0.0)
     passed = tl.where(inside, t, 0.0)
-    if FAST:
-        slope = tl.fma(lev, ch.scale, -passed)
-    else:
-        unit = _gradient_unit(ch)
-        slope = tl.fma(lev, ch.scale * unit, -(passed * unit))
-    return Gradient(tl.where(inside, g, 0.0), valid * slope, tl.where(inside, 0.0, valid))
+    unit = 1.0 if FAST else _gradient_unit(ch)
+    slope = tl.fma(lev, ch.scale * unit, -(passed * unit))
+    dx = g
+    if extras.factor is not None:
+        slope -= tl.where(inside, extras.factor - 1.0, 0.0) * (passed * unit)
+        dx = g * extras.factor
+    if not WITHIN:
+        slope = tl.where(inside, 0.0, slope)
+    dx = tl.where(inside, dx, 0.0)
+    if extras.dampening is not None:
+        dx = tl.where(in_range, dx + extras.dampening * tl.fma(-lev, ch.scale, t), dx)
+    return Gradient(dx, valid * slope, tl.where(inside, 0.0, valid))
 
 
 class Philox(NamedTuple):

@@ -11,6 +11,17 @@ from fastqat.ops.triton.launch import cdiv, launch
 BLOCKS = tl.constexpr(512)  # counters of one program, four numbers each
 
 
+@triton.jit
+def uniform_at(element, seed, step_ptr, tensor_id):
+    """Uniform numbers of elements counted in logical order, each from a counter of its own. element: int64."""
+    zeros = tl.zeros(element.shape, tl.uint32)
+    step = zeros + tl.load(step_ptr).to(tl.uint32)
+    random = math.philox(seed, element >> 2, step, zeros + tensor_id.to(tl.uint32))
+    lane = element & 3
+    low = tl.where(lane == 0, random.lane0, random.lane1)
+    return math.uniform(tl.where(lane < 2, low, tl.where(lane == 2, random.lane2, random.lane3)))
+
+
 @triton.jit(do_not_specialize=["seed", "tensor_id"])
 def philox_uniform_kernel(u_ptr, step_ptr, seed, tensor_id, numel):
     """u: float32 [numel]; step: int64 [1]; seed, tensor_id: scalars."""
