@@ -188,7 +188,7 @@ class Whole:
     def fastqat(self) -> object:
         for weight, version in zip(self.weights, next(self.versions), strict=True):
             weight.data = version
-        fastqat.step(self.model)
+        torch._foreach_add_([q.step for q in self.quantizers], 1)  # as after the step of an optimizer
         self.buckets.before(self.model, ())
         ys = [q.together.value for q in self.quantizers]
         return torch.autograd.grad(ys, self.weights + self.scales, self.g)

@@ -122,7 +122,8 @@ def _write_back(items: Sequence[Item], state: dict[str, list[Tensor]]) -> None:
     for name, rows in state.items():
         for (p, o), row in zip(items, rows, strict=True):
             kept = getattr(p, name)
-            if o.group_size is not None and kept is not None and row.data_ptr() != kept.data_ptr():
+            is_view = o.group_size is None or (o.axis == 0 and kept is not None and kept.is_contiguous())
+            if kept is not None and not is_view:
                 kept.copy_(from_rows(row, kept, o.axis, o.group_size))
 
 

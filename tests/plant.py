@@ -40,7 +40,7 @@ def plant(name: str, tests: tuple[str, ...], *replacements: tuple[str, str, str]
 
 
 IN_FINISHING_ORDER = (
-    "        double& result = partial_[p * width_ + (cut_.by_rows ? 0 : i)][q];\n",
+    "        double& result = partial_[p * width_ + i][q];\n",
     "        static std::mutex mutex;\n        std::lock_guard<std::mutex> guard(mutex);\n"
     "        double& result = partial_[cut_.by_rows ? p / cut_.per_row * cut_.per_row : p * width_ + i][q];\n",
 )

@@ -101,23 +101,34 @@ class Reduction {
       if (!numbers) f(offset, n, channels, true, reduced);
       for (int q = 0; q < kTerms; ++q) merge_into<Op>(reduced[q], merged[q], cut_.by_rows ? kLanes : n);
     });
-    for (int q = 0; q < kTerms; ++q)
-      for (int64_t i = 0; i < count; ++i) {
-        double& result = partial_[p * width_ + (cut_.by_rows ? 0 : i)][q];
+    for (int q = 0; q < kTerms; ++q) {
+      if (cut_.by_rows)  // the lanes in pairs: a chain of additions would take longer than a short row itself
+        for (int64_t half = kLanes / 2; half > 0; half /= 2)
+          for (int64_t i = 0; i < half; ++i) merged[q][i] = Op::merge(merged[q][i], merged[q][i + half]);
+      for (int64_t i = 0; i < width_; ++i) {
+        double& result = partial_[p * width_ + i][q];
         result = Op::merge(result, merged[q][i]);
       }
+    }
   }
 
   // After all pieces. Result: float64 [channels][kTerms].
   std::vector<Terms> total() const {
     std::vector<Terms> total(channels_, identity_);
-    for (int64_t p = 0; p < (partial_.empty() ? 0 : cut_.pieces); ++p) {
-      int64_t row = p / cut_.per_row, start = p % cut_.per_row * cut_.step();
-      int64_t count = cut_.by_rows ? 1 : std::min(width_, cut_.length - start);
-      for (int64_t i = 0; i < count; ++i) {
-        Terms& t = total[cut_.by_rows ? row % cut_.layout.channels : (start + i) / cut_.layout.inner];
-        for (int q = 0; q < kTerms; ++q) t[q] = Op::merge(t[q], partial_[p * width_ + i][q]);
-      }
+    if (partial_.empty()) return total;
+    auto merge = [&](int64_t channel, const Terms& part) {
+      for (int q = 0; q < kTerms; ++q) total[channel][q] = Op::merge(total[channel][q], part[q]);
+    };
+    if (cut_.by_rows) {  // without divisions: rows may be short and many
+      const Terms* part = partial_.data();
+      for (int64_t o = 0; o < cut_.layout.outer; ++o)
+        for (int64_t c = 0; c < cut_.layout.channels; ++c)
+          for (int64_t k = 0; k < cut_.per_row; ++k) merge(c, *part++);
+      return total;
+    }
+    for (int64_t p = 0; p < cut_.pieces; ++p) {
+      int64_t start = p % cut_.per_row * cut_.step(), count = std::min(width_, cut_.length - start);
+      for (int64_t i = 0; i < count; ++i) merge((start + i) / cut_.layout.inner, partial_[p * width_ + i]);
     }
     return total;
   }

@@ -16,7 +16,7 @@ from fastqat.multi_tensor import Item
 from fastqat.nn.items import item_of
 from fastqat.nn.ranged import RangedQuantizer
 from fastqat.nn.spec import QSpec
-from fastqat.nn.together import Together
+from fastqat.nn.together import NOTHING, Together
 from fastqat.nn.tracking import Dampening, Oscillation, Tracker, value_at
 from fastqat.ops import checks
 from fastqat.ops.estimators import ESTIMATORS, kernel_strength
@@ -82,7 +82,7 @@ class FakeQuant(RangedQuantizer):
             setattr(self, "_bits" if name == "bits" else name, getattr(spec, name))
         self._is_plain = spec.is_plain
         self.tensor_id = 0
-        self.together = Together()
+        self.together = NOTHING
         self.fake_quant_enabled = True
         self.observer_enabled = True
         self._sign_from_data = self.signed is None and self.symmetric and not self.restricted
@@ -93,6 +93,7 @@ class FakeQuant(RangedQuantizer):
         if strength is not None:
             strength = kernel_strength(self.estimator, strength)
             self.estimator_strength = torch.full((1,), strength, dtype=torch.float32, device=device)
+        self.tracker = None
         self._make_tracker()
         if self.range == "fixed":
             self._set_fixed(scale, zero_point)
@@ -130,10 +131,14 @@ class FakeQuant(RangedQuantizer):
             self._make_tracker()
 
     def _make_tracker(self) -> None:
-        """A tracker without a state, or none, as options and bits say."""
+        """A tracker without a past, or none, as options and bits say."""
         options = self.oscillation
-        tracked = options is not None and self._bits <= options.max_bits
-        self.tracker = Tracker(options, self._bits, self.qrange.device) if tracked and options else None
+        if options is None or self._bits > options.max_bits:
+            self.tracker = None
+        elif self.tracker is None:
+            self.tracker = Tracker(options, self._bits, self.qrange.device)
+        else:  # it knows the shape of the weight, which a compiled forward does not ask for
+            self.tracker.reset(self._bits)
 
     def restore_codes(self) -> None:
         """Take the bit-width and the sign from the loaded qrange; ValueError where it is of another kind of grid."""
@@ -144,9 +149,22 @@ class FakeQuant(RangedQuantizer):
         self._bits = (qmax - qmin + 1).bit_length() - (not self.restricted)
         if self._bits != before:
             self._make_tracker()
+        if self.tracker is not None:
+            self.tracker.lowest = qmin
         if self.codes != (qmin, qmax):
             wanted = f"codes of signed={self.signed}, restricted={self.restricted}"
             checks.fail(ValueError, "qrange", wanted, f"{qmin} to {qmax}")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, missing: list[str], *others: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+        if self.tracker is None or any(key.startswith(prefix + "tracker.") for key in state_dict):
+            return
+        if prefix + "eps" in state_dict and prefix + "scale" not in state_dict:  # it is kept under another name
+            missing += [f"{prefix}tracker.{name}" for name in multi_tensor.STATE]
+        else:  # of a network that was not tracked: tracking begins anew
+            self.tracker.reset(self._bits)
 
     # Use
 
@@ -208,7 +226,7 @@ class FakeQuant(RangedQuantizer):
 
     def is_ready(self) -> bool:
         """True if a call would quantize and do nothing else: the range is set, it is switched on, no hook listens."""
-        hooks = self._forward_hooks or self._forward_pre_hooks
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         return self.initialized and self.fake_quant_enabled and not self._calibrating and not hooks
 
     def item(self, x: Tensor, out_dtype: torch.dtype | None, value_of: Callable[..., Tensor] = value_at) -> Item:
@@ -218,14 +236,22 @@ class FakeQuant(RangedQuantizer):
 
     def done_together(self, weight: Tensor, dtype: torch.dtype | None) -> Tensor | None:
         """The quantized weight, where :func:`quantize_weights_together` has it; else None."""
-        return self.together.get(weight, dtype)
+        together = self.together
+        value = together.get(weight, dtype)
+        if value is not None and value.requires_grad and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            self.keep(together._replace(again=False))
+        return value
 
     def advanced(self) -> None:
         """Forget what was quantized before the step."""
-        self.together = Together()
+        self.keep(NOTHING)
+
+    def keep(self, together: Together) -> None:
+        """Keep what was quantized together with others; past nn.Module, whose way to set attributes is a long one."""
+        self.__dict__["together"] = together
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "together": Together()}
+        return {**super().__getstate__(), "together": NOTHING}
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Called by ``register_parametrization``: sets the range from the weight, which stays as it is."""

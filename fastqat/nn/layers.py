@@ -49,6 +49,24 @@ class QuantizedLayer:
         if self.activation_fake_quant is not None:
             yield self.activation_on, self.activation_fake_quant
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]  # of the layer
+        self._follow_weights()  # here: a forward that is compiled cannot
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)  # type: ignore[misc]
+        self._follow_weights()  # load_state_dict(assign=True) makes other Parameters
+
+    def _follow_weights(self) -> None:
+        """Advance the time of the quantizers with the optimizer of the Parameters that there are now."""
+        parameters: dict[str, nn.Parameter | None] = self._parameters  # type: ignore[attr-defined]
+        weights = {name: weight for name in self.weight_names if (weight := parameters.get(name)) is not None}
+        for name, quantizer in self.weight_quantizers().items():
+            if name in weights:
+                quantizer.follows(weights[name])
+        if self.activation_fake_quant is not None and weights:
+            self.activation_fake_quant.follows(next(iter(weights.values())))
+
     @staticmethod
     def output_channels_first(weight: Tensor, groups: int) -> Tensor:
         """The weight as its quantizer sees it: [output channels, ...]. It is its own inverse."""

@@ -103,6 +103,9 @@ class QuantizerState(Timed):
             except ValueError as error:
                 error_msgs.append(f"quantizer {prefix.rstrip('.')!r}: {error}")
                 return
+            # What this module has since the bit-width was restored is expected.
+            children = tuple(f"{prefix}{name}." for name, child in self._modules.items() if child is not None)
+            unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(children)]
             self.eps = float(state_dict[prefix + "eps"])
             self.initialized = True
 

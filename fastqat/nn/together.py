@@ -26,38 +26,57 @@ class Together(NamedTuple):
         value: quantized.
         running: the forward pass of the model runs. Afterwards only its backward pass may come back for it, to compute
             a part of it again: whoever calls a layer by itself may have changed its weight.
+        again: that may be so. Reentrant checkpointing, which runs the forward pass without gradients and a backward
+            pass of its own for each part, has the weight quantized again: there is one graph for all values.
     """
 
     weight: Tensor | None = None
     dtype: torch.dtype | None = None
     value: Tensor | None = None
     running: bool = False
+    again: bool = True
 
     def get(self, weight: Tensor, dtype: torch.dtype | None) -> Tensor | None:
         """The quantized weight, if it is there and may be used."""
         if self.weight is not weight or self.dtype != dtype:
             return None
-        return self.value if self.running or torch._C._current_graph_task_id() != -1 else None
+        return self.value if self.running or (self.again and torch._C._current_graph_task_id() != -1) else None
+
+
+NOTHING = Together()
 
 
 class _Member(NamedTuple):
     layer: QuantizedLayer
     name: str
-
-    @property
-    def quantizer(self) -> FakeQuant:
-        return getattr(self.layer, f"{self.name}_fake_quant")
+    quantizer: FakeQuant
 
     @property
     def weight(self) -> Tensor:
         return getattr(self.layer, self.name)
+
+    def is_ready(self) -> bool:
+        """True if the layer would quantize its weight as it is now.
+
+        Not where it is computed (parametrized, pruned), where a hook of the layer or its max_norm may change it first,
+        or where the layer has lost the quantizer.
+        """
+        layer = self.layer
+        is_own = layer._parameters.get(self.name) is not None  # type: ignore[attr-defined]  # a twin is a module
+        may_change = layer._forward_pre_hooks or getattr(layer, "max_norm", None) is not None  # type: ignore[attr-defined]
+        kept = layer._modules.get(f"{self.name}_fake_quant") is self.quantizer  # type: ignore[attr-defined]
+        return is_own and kept and not may_change and self.quantizer.is_ready()
+
+    def is_differentiable(self) -> bool:
+        """True if the weight or its range gets a gradient."""
+        return any(p is not None and p.requires_grad for p in (self.weight, *self.quantizer._parameters.values()))
 
 
 class WeightBuckets:
     """The hooks of :func:`quantize_weights_together`; ``remove()`` takes them off."""
 
     def __init__(self, model: nn.Module, buckets: list[list[_Member]]) -> None:
-        self.model, self.buckets = model, buckets
+        self.buckets = buckets  # and not the model, which holds this: it goes when its last user does
         # Before the hooks of others; and after them even where the forward pass fails.
         self._handles = [
             model.register_forward_pre_hook(self.before, prepend=True),
@@ -68,34 +87,50 @@ class WeightBuckets:
         """Take the hooks off: each layer quantizes its own weight again."""
         for handle in self._handles:
             handle.remove()
-        self.model.__dict__.pop(BUCKETS, None)
+        self._handles = []
+        self._forget()
+
+    @property
+    def is_active(self) -> bool:
+        """False once it was removed."""
+        return bool(self._handles)
 
     def before(self, model: nn.Module, inputs: object) -> None:
         """Quantize the weights that can be."""
+        self._forget()
         if torch._C._are_functorch_transforms_active():
             return
         for bucket in self.buckets:
-            ready = [m for m in bucket if m.quantizer.is_ready()]
-            # A layer may be in evaluation while others train.
-            for training in (True, False):
-                self._quantize([m for m in ready if m.quantizer.training is training], training)
+            # A layer may be in evaluation, or without gradients, while others train, or on a device of its own.
+            alike: dict[tuple[bool, bool, torch.device], list[_Member]] = {}
+            for m in bucket:
+                if m.is_ready():
+                    key = (m.quantizer.training, m.is_differentiable(), m.weight.device)
+                    alike.setdefault(key, []).append(m)
+            for (training, *_), members in alike.items():
+                self._quantize(members, training)
+
+    def _forget(self) -> None:
+        for bucket in self.buckets:
+            for m in bucket:
+                m.quantizer.keep(NOTHING)
 
     def _quantize(self, members: list[_Member], training: bool) -> None:
-        if members:
-            dtypes = [m.layer.quantized_dtype(m.weight.device.type) for m in members]
-            values = _Values(members)
-            items = [_item(m, dtype, values) for m, dtype in zip(members, dtypes, strict=True)]
-            results = apply_multi_tensor(items, training)
-            for m, dtype, value in zip(members, dtypes, results, strict=True):
-                m.quantizer.together = Together(m.weight, dtype, value, running=True)
+        weights = [m.weight for m in members]
+        dtypes = [m.layer.quantized_dtype(w.device.type) for m, w in zip(members, weights, strict=True)]
+        values = _Values(members)
+        items = [_item(m, w, dtype, values) for m, w, dtype in zip(members, weights, dtypes, strict=True)]
+        results = apply_multi_tensor(items, training)
+        for m, weight, dtype, value in zip(members, weights, dtypes, results, strict=True):
+            m.quantizer.keep(Together(weight, dtype, value, running=True))
 
     def after(self, *_: object) -> None:
         """Leave the weights to the backward pass alone."""
         for bucket in self.buckets:
             for m in bucket:
-                compiling = torch.compiler.is_compiling()
                 done = m.quantizer.together
-                m.quantizer.together = Together() if compiling else done._replace(running=False)
+                comes_back = done.value is not None and done.value.requires_grad and not torch.compiler.is_compiling()
+                m.quantizer.keep(done._replace(running=False) if comes_back else NOTHING)
 
 
 class _Values:
@@ -114,9 +149,8 @@ class _Values:
         return self.known[value][id(step)]
 
 
-def _item(member: _Member, dtype: torch.dtype | None, values: _Values) -> Item:
-    weight = member.layer.quantized_view(member.weight, member.quantizer)
-    return member.quantizer.item(weight, dtype, values)
+def _item(member: _Member, weight: Tensor, dtype: torch.dtype | None, values: _Values) -> Item:
+    return member.quantizer.item(member.layer.quantized_view(weight, member.quantizer), dtype, values)
 
 
 def quantize_weights_together(model: nn.Module, bucket_bytes: int | None = None) -> WeightBuckets:
@@ -138,12 +172,12 @@ def quantize_weights_together(model: nn.Module, bucket_bytes: int | None = None)
     """
     if bucket_bytes is not None and (isinstance(bucket_bytes, bool) or bucket_bytes < 1):
         checks.fail(ValueError, "bucket_bytes", "None or a positive number", bucket_bytes)
-    if hasattr(model, BUCKETS):
+    if getattr(model, BUCKETS, None) is not None and getattr(model, BUCKETS).is_active:
         checks.fail(ValueError, "model", "one without weights that are quantized together", "one that has them")
     members: dict[int, _Member] = {}
     for layer in model.modules():
         for name, quantizer in getattr(layer, "weight_quantizers", dict)().items():
-            members.setdefault(id(quantizer), _Member(layer, name))  # type: ignore[arg-type]  # it is a twin
+            members.setdefault(id(quantizer), _Member(layer, name, quantizer))  # type: ignore[arg-type]  # it is a twin
     if not members:
         checks.fail(ValueError, "model", "a prepared model with quantized weights", f"{type(model).__name__} without")
     buckets: list[list[_Member]] = [[]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +104,8 @@ class Dampening:
     def factor(self, weight: Tensor) -> float:
         """What (w_hat - w)^2 of one weight of a tensor [C_out, ...] counts."""
         count = max(weight.numel(), 1)
-        return {"sum": 1.0, "mean": 1.0 / count, "kernel_mean": weight.shape[0] / count}[self.aggregate]
+        kernels = weight.shape[0] if weight.dim() else 1
+        return {"sum": 1.0, "mean": 1.0 / count, "kernel_mean": kernels / count}[self.aggregate]
 
 
 def value_at(value: float | Schedule, step: Tensor) -> Tensor:
@@ -157,6 +159,8 @@ class Tracker(nn.Module):
     def __init__(self, options: Oscillation, bits: int, device: torch.device) -> None:
         super().__init__()
         self.options, self._bits, self._device = options, bits, device
+        # Of its own: a number of another object would be a symbol in a graph of dynamic shapes, which no op takes.
+        self.momentum = options.momentum
         self.lowest = 0  # qmin: the words hold codes as their distance from it
         for name in STATE:
             self.register_buffer(name, None)
@@ -178,11 +182,13 @@ class Tracker(nn.Module):
             ValueError: the state belongs to a weight of another shape.
         """
         self.lowest = qmin
-        if self.words is None:
+        if self.words is None or (self.words.shape != weight.shape and not self.has_tracked):
             self._allocate(weight, weight.device)
         elif self.words.shape != weight.shape:
             wanted = f"a weight of shape {list(self.words.shape)}, which has been tracked so far"
             checks.fail(ValueError, "Tracker", wanted, f"shape {list(weight.shape)}")
+        if self.words.stride() == weight.stride():
+            return
         like = torch.empty_like(weight, device="meta")  # dense, whatever the weight is
         if self.words.stride() != like.stride():
             for name in STATE[:3]:
@@ -197,10 +203,10 @@ class Tracker(nn.Module):
         self.clock = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64, device=device)
 
     def reset(self, bits: int) -> None:
-        """Forget everything; the next weight is the first."""
+        """Forget everything; the next weight is the first. It has the shape of the last, as compiled code expects."""
         self._bits = bits
-        for name in STATE:
-            setattr(self, name, None)
+        if self.words is not None:
+            self._allocate(self.words, self.words.device)
 
     @property
     def has_tracked(self) -> bool:
@@ -237,6 +243,10 @@ class Tracker(nn.Module):
         mean = self.lowest + word.index + self.scaled_average.double() / self.clock[0]
         return torch.where(word.frozen, self.codes().double(), mean).float()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._device = fn(torch.empty(0, device=self._device)).device
+        return super()._apply(fn, recurse)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.words is not None:
             super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -252,8 +262,7 @@ class Tracker(nn.Module):
         error_msgs: list[str],
     ) -> None:
         found = {name: state_dict[prefix + name] for name in STATE if prefix + name in state_dict}
-        if not found:  # of a network that was not tracked: tracking begins anew
-            self.reset(self._bits)
+        if not found:  # the quantizer knows what that means
             return
         absent = [name for name in STATE if name not in found]
         if absent:
