@@ -232,3 +232,44 @@ def bench_53_weights(benchmark):
         "53_compiled_lsq": plain.peer(compiled_lsq_all),
     }
     take_turns(benchmark, {name: (call, 0) for name, call in contenders.items()}, rounds=30)
+
+
+FROZEN = fastqat.Oscillation(0.01, 0.02)
+METHODS: dict[str, dict[str, object]] = {
+    "LSQ": {},
+    "tracking": {"oscillation": fastqat.Oscillation(0.01)},
+    "freezing": {"oscillation": FROZEN},
+    "dampening": {"dampening": fastqat.Dampening(0.1)},
+    "freezing and dampening": {"oscillation": FROZEN, "dampening": fastqat.Dampening(0.1)},
+    "EWGS": {"estimator": "ewgs"},
+    "DSQ": {"estimator": "dsq"},
+    "PSG": {"estimator": "psg"},
+    "stochastic rounding": {"estimator": "stochastic"},
+    "bin regularization": {},
+}
+for name in list(METHODS)[1:]:
+    goal(f"MobileNetV2 step, W3: {name} / LSQ", f"step_{name}", "step_LSQ", "<=", 1.05)
+
+
+def bench_steps(benchmark):
+    """A whole step of training by each method: a half-wide MobileNetV2, batch 128 of 32 x 32 images."""
+    torch.manual_seed(0)
+    images = torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (128,))
+    contenders = {}
+    for name, options in METHODS.items():
+        model = models.build("mobilenetv2", 10, (3, 32, 32), width=0.5, stride=16, dropout=0)
+        model = model.to(memory_format=torch.channels_last)
+        spec = fastqat.QSpec(BITS, learn="scale", **options)
+        fastqat.prepare(model, fastqat.QConfig(spec, None), first_last_bits=8)
+        fastqat.quantize_weights_together(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+        def step(model=model, optimizer=optimizer, regularized=name == "bin regularization") -> None:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images), labels)
+            (loss + fastqat.bin_regularization(model) if regularized else loss).backward()
+            optimizer.step()
+
+        contenders[f"step_{name}"] = (step, 0)
+    take_turns(benchmark, contenders, rounds=8)

@@ -22,6 +22,10 @@ TRITON, LAYOUT = "fastqat/ops/triton/math.py", "fastqat/ops/triton/layout.py"
 BY_ORACLE = ("tests/test_reference.py", "-k", "test_oracle_agrees and (float32 or shapes) or onnx or vector")
 CPU_VALUES = ("tests/test_conformance.py", "-k", "cpu and fake_quantize and (critical or shapes) and float32")
 CPU_SUMS = ("tests/test_conformance.py", "-k", "cpu and fake_quantize_backward and same_bits")
+MULTI, OSCILLATION = "fastqat/ops/multi_tensor.py", "csrc/oscillation.h"
+BY_ALGORITHM = ("tests/test_multi_tensor.py", "-k", "algorithm or (reference and trace)")
+CPU_TRACKING = ("tests/test_multi_tensor.py", "-k", "cpu")
+CPU_ESTIMATORS = ("tests/test_multi_tensor_gradients.py", "-k", "cpu")
 TRITON_VALUES = ("tests/test_conformance.py", "-k", "triton and fake_quantize and (critical or shapes) and float32")
 
 
@@ -103,6 +107,40 @@ PLANTS = (
         CPU_SUMS,
         (REDUCE, "#include <limits>\n", "#include <limits>\n#include <mutex>\n"),
         (REDUCE, *IN_FINISHING_ORDER),
+    ),
+    plant(
+        "reference: every second change is an oscillation",
+        BY_ALGORITHM,
+        (MULTI, "(way != word.direction)", "(way == word.direction)"),
+    ),
+    plant(
+        "reference: freezes at the average of after the step",
+        BY_ALGORITHM,
+        (MULTI, "mean = (word.index.float() + a * at.previous_decay).round()", "mean = current"),
+    ),
+    plant(
+        "reference: a freeze acts in its own step",
+        BY_ALGORITHM,
+        (
+            MULTI,
+            "direction = torch.where(held & ~nan, words.NONE,",
+            "direction = torch.where(freezes | held, words.NONE,",
+        ),
+    ),
+    plant(
+        "cpu: a threshold that falls fast freezes nothing",
+        CPU_TRACKING,
+        (OSCILLATION, "at.sweeps = too_large || at.activates || falls;", "at.sweeps = too_large || at.activates;"),
+    ),
+    plant(
+        "cpu: rescaled at 2^60, but not the averages",
+        CPU_TRACKING,
+        (OSCILLATION, "float average = weight.average * at.rescale;", "float average = weight.average;"),
+    ),
+    plant(
+        "cpu: a frozen weight still passes its gradient",
+        CPU_ESTIMATORS,
+        (MATH, "bool inside = (nearest == tested) & !held;", "bool inside = nearest == tested;"),
     ),
     plant(
         "triton: half-up rounding",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 import fastqat
@@ -203,3 +207,137 @@ def test_mistakes(wrong: int) -> None:
         fastqat.quantize_weights_together(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="that has them|one that has"):
         fastqat.quantize_weights_together(network(TRACKED, True))
+
+
+def max_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(5, 6, max_norm=0.5), nn.Linear(6, 4))
+
+
+def plain_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+
+
+def clamped(net: nn.Module) -> None:
+    def clamp(layer: nn.Module, _: object) -> None:
+        layer.weight.data.clamp_(-0.2, 0.2)
+
+    net[0].register_forward_pre_hook(clamp)
+
+
+# What changes a weight after the hook of the model: how the network is made, its input, and what is done to it.
+CHANGED: dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[nn.Module], object]]] = {
+    "max_norm": (max_norm, torch.arange(5), lambda net: None),
+    "pruned": (plain_layers, X[0, :, :, :6].flatten(0, 1), lambda net: prune.l1_unstructured(net[0], "weight", 0.3)),
+    "spectral norm": (plain_layers, X[0, :, :, :6].flatten(0, 1), lambda net: spectral_norm(net[0])),
+    "clamped by a hook": (plain_layers, X[0, :, :, :6].flatten(0, 1), clamped),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", CHANGED)
+def test_weights_that_change_before_they_are_used(name: str) -> None:
+    make, x, change = CHANGED[name]
+    seen = []
+    for together in (False, True):
+        net = fastqat.prepare(make(), QConfig(replace(TRACKED, dampening=None), None))
+        if together:
+            fastqat.quantize_weights_together(net)
+        change(net)
+        optimizer = torch.optim.SGD(net.parameters(), 0.5)
+        outputs = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            outputs.append(net(x))
+            outputs[-1].square().sum().backward()
+            optimizer.step()
+            fastqat.step(net[0].weight_fake_quant)
+        seen.append([*(y.detach() for y in outputs), *net.state_dict().values()])
+    assert equal(*seen)
+
+
+class Parts(nn.Module):
+    """Two parts, each of them checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = plain_layers()
+        self.reentrant: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.parts(x)
+        for part in self.parts:
+            x = checkpoint(part, x, use_reentrant=self.reentrant)
+        return x
+
+
+def parts(together: bool) -> Parts:
+    net = fastqat.prepare(Parts(), QConfig(TRACKED, None))
+    if together:
+        fastqat.quantize_weights_together(net)
+    return net
+
+
+def gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
+    net.zero_grad()
+    net(x).square().sum().backward()
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+
+def test_reentrant_checkpointing() -> None:
+    """Each part has a backward pass of its own."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    alone, together = parts(False), parts(True)
+    together.reentrant = True
+    assert equal(gradients(alone, x), gradients(together, x))
+
+
+def test_what_is_computed_again_is_not_of_the_forward_before() -> None:
+    """Switched off between two forward passes of one step."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    alone, together = parts(False), parts(True)
+    together.reentrant = False
+    for net in (alone, together):
+        net(x)
+        fastqat.fake_quant_enabled(net, False)
+    assert equal(gradients(alone, x), gradients(together, x))
+
+
+def test_frozen_layers_stay_out_of_the_graph() -> None:
+    """Else a network whose head alone is trained would pay for the gradients of all others."""
+    net = parts(True)
+    net.parts[0].requires_grad_(False)
+    seen = []
+    net.parts[0].register_forward_hook(lambda layer, inputs, y: seen.append(y.requires_grad))
+    net(torch.ones(2, 6)).sum().backward()
+    assert seen == [False] and net.parts[2].weight.grad is not None
+
+
+def test_layers_that_lost_their_quantizer() -> None:
+    net = parts(True)
+    fastqat.remove(net.parts[0])
+    assert equal(gradients(net, torch.ones(2, 6)), gradients(net, torch.ones(2, 6)))
+
+
+def test_hooks_of_a_quantizer_run() -> None:
+    net, seen = parts(True), []
+    net.parts[0].weight_fake_quant.register_full_backward_hook(lambda *_: seen.append(1))
+    gradients(net, torch.ones(2, 6))
+    assert seen == [1]
+
+
+def test_evaluation_keeps_no_quantized_weights_and_nothing_keeps_the_model() -> None:
+    net = parts(True).eval()
+    with torch.no_grad():
+        net(torch.ones(2, 6))
+    assert net.parts[0].weight_fake_quant.together.value is None
+    gc.collect()
+    gc.disable()
+    try:
+        alive = weakref.ref(net)
+        del net
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -265,7 +266,7 @@ def test_bits_reset_it_with_a_warning() -> None:
     q = quantizers(net)[0]
     with pytest.warns(UserWarning, match="3 becomes 2.*reset"):
         q.bits = 2
-    assert not q.tracker.is_materialized
+    assert not q.tracker.has_tracked
     net(X)
     assert q.tracker.counts.tolist() == [0, 0, 0, 0]
     with warnings.catch_warnings():
@@ -347,7 +348,7 @@ def test_a_network_that_was_not_tracked_loads() -> None:
     net, untracked = prepared(), prepared(QSpec(3, axis=0, learn="scale"))
     run(net, 2)
     net.load_state_dict(untracked.state_dict())
-    assert not any(q.tracker.is_materialized for q in quantizers(net))
+    assert not any(q.tracker.has_tracked for q in quantizers(net))
     net(X)
 
 
@@ -370,3 +371,137 @@ def test_dampening_is_the_gradient_of_its_loss() -> None:
         expected = torch.tensor([[0.24, 0.0, 0.0], [0.08, -0.16, 0.0]]) * factor
         torch.testing.assert_close(w.grad, expected, rtol=1e-6, atol=1e-7)
         assert q.scale.grad.item() == 0.0
+
+
+def assigned(net: nn.Module) -> nn.Module:
+    net.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
+    return net
+
+
+def untracked(net: nn.Module) -> nn.Module:
+    net.load_state_dict(prepared(QSpec(3, axis=0, learn="scale")).state_dict())
+    return net
+
+
+def changed_twice(net: nn.Module) -> nn.Module:
+    for q in quantizers(net):
+        q.bits, q.bits = 2, 3
+    return net
+
+
+ANEW: dict[str, Make] = {
+    "copy": lambda: copy.deepcopy(prepared()),
+    "assigned": lambda: assigned(prepared()),
+    "untracked": lambda: untracked(prepared()),
+    "bits": lambda: changed_twice(prepared()),
+    "dynamic shapes": prepared,
+}
+
+
+@pytest.mark.parametrize("name", ANEW)
+def test_compiled_anew(name: str, plain: list[Tensor]) -> None:
+    """Copies, Parameters that a checkpoint replaced, a state that was forgotten, other bits: tracked as ever."""
+    torch.compiler.reset()
+    net = ANEW[name]()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True if "dynamic" in name else None)
+    assert same(run(net, forward=lambda net: compiled(X).sum()), plain)
+    torch.compiler.reset()
+
+
+def test_a_weight_that_compiled_code_sees_first() -> None:
+    """In training that is no graph, and runs eagerly where it may; in evaluation nothing is frozen."""
+    w = nn.Parameter(torch.tensor([0.6, 2.2]))
+    for training, whole in ((True, False), (False, True), (True, True)):
+        torch.compiler.reset()
+        q = FakeQuant(3, range="fixed", scale=torch.ones(1), oscillation=Oscillation()).train(training)
+        compiled = torch.compile(q, fullgraph=whole, backend="aot_eager")
+        if training and whole:
+            with pytest.raises(Exception, match="wanted a tracked weight that was seen before compilation"):
+                compiled(w)
+        else:
+            assert compiled(w).tolist() == [1.0, 2.0] and q.tracker.is_materialized is training
+    torch.compiler.reset()
+
+
+def test_groups_that_are_no_view_compile() -> None:
+    torch.compiler.reset()
+    seen = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        w = nn.Parameter(torch.randn(4, 6))
+        q = FakeQuant(3, axis=1, group_size=2, learn="scale", oscillation=Oscillation(0.1, 0.25))
+        q(w)
+        call = torch.compile(q, fullgraph=True, backend="aot_eager") if compiled else q
+        optimizer = torch.optim.SGD([w], 0.0)
+        for step in range(10):
+            call(w).sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                w[::2] += 0.9 * (-1) ** step
+        seen.append([q.tracker.codes(), q.tracker.frequency(), q.tracker.average(), q.tracker.counts])
+    assert same(*seen) and int(seen[0][3][2]) > 0
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("bits", [(3, 8), (8, 3), (3, 6), (6, 3)])
+def test_a_checkpoint_of_other_bits(bits: tuple[int, int]) -> None:
+    """Of a model whose quantizers were, or were not, of too many bits to be tracked."""
+    most = 6 if 6 in bits else 4
+    specs = [QSpec(b, axis=0, learn="scale", oscillation=Oscillation(0.1, 0.25, max_bits=most)) for b in bits]
+    saved, loaded = (prepared(spec) for spec in specs)
+    for net in (saved, loaded):
+        optimizer = torch.optim.SGD(net.parameters(), 0.0)
+        for step in range(4):
+            net(X).sum().backward()
+            optimizer.step()
+            kick(net, step)
+    loaded.load_state_dict(saved.state_dict())
+    for a, b in zip(quantizers(saved), quantizers(loaded), strict=True):
+        assert a.bits == b.bits and (a.tracker is None) == (b.tracker is None)
+        if a.tracker is not None:
+            assert torch.equal(a.tracker.codes(), b.tracker.codes()) and same(*([*q.tracker.buffers()] for q in (a, b)))
+
+
+def test_codes_of_a_loaded_state() -> None:
+    q, w = FakeQuant(3, oscillation=Oscillation()), torch.tensor([-1.0, 0.4, 2.0])
+    q(w)
+    fresh = FakeQuant(3, oscillation=Oscillation())
+    fresh.load_state_dict(q.state_dict())
+    assert torch.equal(fresh.tracker.codes(), q.tracker.codes())
+
+
+def test_shared_weights_in_a_file_that_keeps_them_once(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    def tied() -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        net[2].weight = net[0].weight
+        return fastqat.prepare(net, QConfig(TRACKED, None))
+
+    net, other = tied(), tied()
+    for _ in range(3):
+        net(X).sum().backward()
+        fastqat.step(net)
+        with torch.no_grad():
+            net[0].weight.neg_()
+    safetensors.save_model(net, str(tmp_path / "model.safetensors"))
+    missing, unexpected = safetensors.load_model(other, tmp_path / "model.safetensors")
+    assert not missing and not unexpected
+    assert same(state(net), state(other)) and int(state(net)[3][0]) > 0
+
+
+def test_the_state_is_made_where_the_quantizer_is() -> None:
+    q, moved = (FakeQuant(3, oscillation=Oscillation()) for _ in range(2))
+    q(torch.ones(4))
+    moved.to("meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch: to copy to the meta device is a no-op
+        moved.tracker.load_state_dict(q.tracker.state_dict())
+    assert moved.tracker.words.device.type == "meta"
+
+
+def test_dampening_of_one_number() -> None:
+    w = nn.Parameter(torch.tensor(0.23))
+    FakeQuant(3, range="fixed", scale=torch.tensor([0.2]), dampening=Dampening(1.0))(w).backward()
+    torch.testing.assert_close(w.grad, torch.tensor(1 + 2 * (0.23 - 0.2)))

@@ -156,7 +156,13 @@ class FakeQuant(RangedQuantizer):
             checks.fail(ValueError, "qrange", wanted, f"{qmin} to {qmax}")
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, missing: list[str], *others: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        *others: Any,
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
         if self.tracker is None or any(key.startswith(prefix + "tracker.") for key in state_dict):

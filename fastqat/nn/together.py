@@ -61,15 +61,18 @@ class _Member(NamedTuple):
         Not where it is computed (parametrized, pruned), where a hook of the layer or its max_norm may change it first,
         or where the layer has lost the quantizer.
         """
-        layer = self.layer
-        is_own = layer._parameters.get(self.name) is not None  # type: ignore[attr-defined]  # a twin is a module
-        may_change = layer._forward_pre_hooks or getattr(layer, "max_norm", None) is not None  # type: ignore[attr-defined]
-        kept = layer._modules.get(f"{self.name}_fake_quant") is self.quantizer  # type: ignore[attr-defined]
+        # Past nn.Module, whose way to look for attributes is a long one.
+        layer: dict[str, Any] = self.layer.__dict__
+        is_own = layer["_parameters"].get(self.name) is not None
+        kept = layer["_modules"].get(f"{self.name}_fake_quant") is self.quantizer
+        may_change = layer["_forward_pre_hooks"] or layer.get("max_norm") is not None
         return is_own and kept and not may_change and self.quantizer.is_ready()
 
     def is_differentiable(self) -> bool:
-        """True if the weight or its range gets a gradient."""
-        return any(p is not None and p.requires_grad for p in (self.weight, *self.quantizer._parameters.values()))
+        """True if the own weight of the layer or its range gets a gradient."""
+        if self.layer.__dict__["_parameters"][self.name].requires_grad:
+            return True
+        return any(p is not None and p.requires_grad for p in self.quantizer._parameters.values())
 
 
 class WeightBuckets:
@@ -157,7 +160,9 @@ def quantize_weights_together(model: nn.Module, bucket_bytes: int | None = None)
     """Quantize all weights of a prepared model in one call before each of its forward passes, and backward in one too.
 
     The results are those of quantizing them one by one, bit for bit. Weights whose range is not set yet, or is being
-    calibrated, are left to their layers; so are all of them where a layer is called by itself.
+    calibrated, are left to their layers, and so are those that a layer computes (parametrized, pruned) or may change
+    first (hooks before its forward pass, max_norm); so are all of them where a layer is called by itself. The weights
+    of a call have one graph: outputs that are taken backward one after the other need retain_graph=True.
 
     Args:
         model: a model that :func:`fastqat.prepare` has prepared; it is the one whose calls count.
