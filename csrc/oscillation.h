@@ -47,7 +47,7 @@ FASTQAT_INLINE double power(double base, int64_t exponent) {
 
 // One step of tracking, as all weights of a tensor see it. t counts from where the growth was last 1.
 struct Moment {
-  bool acts;       // the step lies behind the last tracked one, so that freezes decided there act
+  bool acts;       // the step is another than the last tracked one, so that freezes decided there act
   bool first;      // nothing was tracked before
   bool activates;  // the threshold is no longer 0: averages begin anew, at the current codes
   bool sweeps;     // any weight may be due for freezing, not only those that change
@@ -68,7 +68,7 @@ FASTQAT_INLINE Moment moment(int64_t step, const double* clock, double momentum,
   at.threshold = threshold;
   double limit = threshold, previous_threshold = clock[2];
   int64_t elapsed = step - static_cast<int64_t>(clock[1]);
-  at.acts = elapsed > 0;
+  at.acts = elapsed != 0;  // a step that was set back begins where it is
   at.first = clock[1] < 0;
   double passed = power(1.0 / (1.0 - momentum), elapsed);
   double growth = at.first ? 1.0 : clock[0] * passed;

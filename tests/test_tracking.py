@@ -505,3 +505,25 @@ def test_dampening_of_one_number() -> None:
     w = nn.Parameter(torch.tensor(0.23))
     FakeQuant(3, range="fixed", scale=torch.tensor([0.2]), dampening=Dampening(1.0))(w).backward()
     torch.testing.assert_close(w.grad, torch.tensor(1 + 2 * (0.23 - 0.2)))
+
+
+def test_a_step_that_is_set_back(plain: list[Tensor]) -> None:
+    """Tracking goes on from there at once, and does not stand still until the step has caught up."""
+    net = prepared()
+    run(net, 6)
+    for q in quantizers(net):
+        q.step.fill_(2)
+    before = [int(q.tracker.counts[0]) for q in quantizers(net)]
+    kick(net, 6)
+    net(X)
+    assert all(int(q.tracker.counts[0]) > n for q, n in zip(quantizers(net), before, strict=True))
+    assert all(int(q.tracker.clock[1]) == 2 for q in quantizers(net))
+
+
+def test_data_parallel_training_sends_no_state_round() -> None:
+    """The names that DistributedDataParallel asks for, until the model is as it was."""
+    net = prepared()
+    names = set(net._ddp_params_and_buffers_to_ignore)
+    assert names == {name for name, _ in net.named_buffers() if ".tracker." in name} and len(names) == 10
+    fastqat.remove(net)
+    assert not hasattr(net, "_ddp_params_and_buffers_to_ignore")

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastqat.multi_tensor import STATE
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.selection import Choice, Override, choose, names_of_modules
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.together import BUCKETS
+from fastqat.nn.tracking import Tracker
 from fastqat.nn.twins import (
     changed_since,
     guard_fused_kernels,
@@ -25,6 +27,7 @@ from fastqat.nn.twins import (
 )
 from fastqat.ops import checks
 
+IGNORED = "_ddp_params_and_buffers_to_ignore"  # attribute that DistributedDataParallel looks for
 CHOICE = "fake_quant_choice"  # attribute of every layer that prepare decided on
 
 
@@ -83,7 +86,26 @@ def prepare(
     except BaseException:  # a class that cannot be changed, an attribute in the way
         remove(model)
         raise
+    _set_ignored(model, [*_ignored(model), *_tracked_buffers(model)])
     return model
+
+
+def _tracked_buffers(model: nn.Module) -> list[str]:
+    """Names of the state of tracking, which is equal in all processes of a data-parallel training by itself."""
+    trackers = [name for name, module in model.named_modules() if isinstance(module, Tracker)]
+    return [f"{name}.{state}" for name in trackers for state in STATE]
+
+
+def _ignored(model: nn.Module) -> list[str]:
+    return list(getattr(model, IGNORED, ()))
+
+
+def _set_ignored(model: nn.Module, names: list[str]) -> None:
+    """Say which buffers DistributedDataParallel need not send round in every forward."""
+    if names:
+        setattr(model, IGNORED, names)
+    else:
+        model.__dict__.pop(IGNORED, None)
 
 
 def _check_prepared_alike(chosen: dict[nn.Module, Choice], names: dict[nn.Module, str]) -> None:
@@ -179,6 +201,8 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
             checks.fail(ValueError, f"layer {name!r}", "the class that prepare gave it", type(twin).__name__)
     if keep == "quantized":
         _write_quantized_weights(twins)
+    tracked = set(_tracked_buffers(model))
+    _set_ignored(model, [name for name in _ignored(model) if name not in tracked])
     for module in list(model.modules()):
         module.__dict__.pop(CHOICE, None)
         buckets = module.__dict__.pop(BUCKETS, None)

@@ -80,8 +80,9 @@ class Dampening:
 
         L = lambda * AGG( (sg[w_hat] - clip(w, s * n, s * p))^2 )        dL/ds = 0
 
-    The same as adding :func:`fastqat.dampening_loss` to the loss, at no cost. It is added once for each backward pass
-    through the quantizer, whatever the loss is scaled by; a frozen weight gets none.
+    The same as adding :func:`fastqat.dampening_loss` to the loss, at no cost; a frozen weight gets none. It is added
+    once in each backward pass through the quantizer, and knows of no factor on the loss: where a loss is scaled
+    (``torch.amp.GradScaler``), or its gradient accumulated over passes, scale the weight alike, or add the loss.
 
     Args:
         weight: lambda, a number or a :class:`fastqat.Schedule` of the optimizer steps.

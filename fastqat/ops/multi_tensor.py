@@ -35,7 +35,7 @@ def drawn(r: Tensor, seed: int, step: Tensor, tensor_id: int) -> Tensor:
 class Moment(NamedTuple):
     """One step of tracking, as its tensor sees it: 0-dim tensors. t counts from where the growth was last 1."""
 
-    acts: Tensor  # the step lies behind the last tracked one, so that freezes decided there act
+    acts: Tensor  # the step is another than the last tracked one, so that freezes decided there act
     first: Tensor  # nothing was tracked before
     activates: Tensor  # the threshold is no longer 0: averages begin anew, at the current codes
     sweeps: Tensor  # any weight may be due for freezing, not only those that change
@@ -62,7 +62,7 @@ def moment(step: Tensor, clock: Tensor, momentum: float, threshold: Tensor) -> M
     falls = (limit > 0) & (limit * passed < previous_threshold)  # faster than a frequency decays
     before = now * (1.0 - momentum)
     return Moment(
-        acts=elapsed > 0,
+        acts=elapsed != 0,  # a step that was set back begins where it is
         first=first,
         activates=activates,
         sweeps=too_large | activates | falls,

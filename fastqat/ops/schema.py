@@ -67,7 +67,7 @@ NOISE = "int[] seeds, int[] tensor_ids, Tensor[] steps"
 # Schemas of the ops that only write into what they are given.
 IN_PLACE_OPS: dict[str, str] = {
     # ys[i] = fake_quantize(xs[i]), frozen weights at their frozen code. `advance` False leaves the state as it is; else
-    # what steps[i] > the last tracked step has changed is recorded (csrc/oscillation.h):
+    # what has changed is recorded where steps[i] is not the last tracked step (csrc/oscillation.h):
     #   momenta     of the averages; 0: not tracked, and the five tensors of the state are empty
     #   thresholds  float32 [1], 0 freezes none; use_average: freezes at the code of the average, not at the current one
     #   words       uint8 (up to 5 bits) or int16, like x: code - qmin, last direction, frozen (fastqat/ops/words.py)

@@ -86,7 +86,7 @@ def moment(step, clock_ptr, threshold, MOMENTUM: tl.constexpr):
     falls = (limit > 0) & (limit * passed < previous_threshold)  # faster than a frequency decays
     before = growth * tl.full((), 1.0 - MOMENTUM, tl.float64)
     return Moment(
-        elapsed > 0,
+        elapsed != 0,  # a step that was set back begins where it is
         first,
         activates,
         too_large | activates | falls,
