@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,6 +235,38 @@ def test_saved_and_resumed_half_way(plain: list[Tensor]) -> None:
     fresh = prepared()
     fresh.load_state_dict(copy.deepcopy(first.state_dict()))
     assert same(keep(fresh, range(7, 14)), plain)
+
+
+def test_a_long_run_resumed_half_way() -> None:
+    """4,000 weights, 6,000 steps: what a file held after the first half goes on like the run that was not stopped."""
+
+    def quantizer() -> FakeQuant:
+        options = Oscillation(0.01, Schedule("cosine", 0.1, 0.02, steps=6000, off_before=True))
+        return FakeQuant(3, range="fixed", scale=torch.full((1,), 0.1), oscillation=options)
+
+    generator = torch.Generator().manual_seed(5)
+    middle = torch.randint(-3, 3, (4000,), generator=generator) + torch.rand(4000, generator=generator)
+
+    def go(q: FakeQuant, steps: range) -> Tensor:
+        weight, total = nn.Parameter(torch.zeros(4000)), torch.zeros(4000, dtype=torch.float64)
+        for step in steps:
+            noise = torch.rand(4000, generator=torch.Generator().manual_seed(step)) - 0.5
+            weight.data = (middle + noise * (step % 7 == 0)) * 0.1
+            total += q(weight).detach()
+            fastqat.step(q)
+        return total
+
+    whole, half = quantizer(), quantizer()
+    go(whole, range(3000))
+    go(half, range(3000))
+    file = io.BytesIO()
+    torch.save(half.state_dict(), file)
+    file.seek(0)
+    resumed = quantizer()
+    resumed.load_state_dict(torch.load(file))
+    assert torch.equal(go(whole, range(3000, 6000)), go(resumed, range(3000, 6000)))
+    assert same(state(whole), state(resumed))
+    assert 100 < int(whole.tracker.counts[2]) < 3900, "the test is blind: nothing, or all, was frozen"
 
 
 def test_state_is_small() -> None:
