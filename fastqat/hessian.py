@@ -149,10 +149,8 @@ def _shifted(quantizers: dict[str, FakeQuant], names: tuple[str, ...]) -> Iterat
 
     with ExitStack() as stack:
         for name, quantizer in quantizers.items():
+            # Weights that are quantized together leave those with hooks to their quantizers.
             stack.enter_context(quantizer.register_forward_hook(hook_of(name)))
-            # Weights that are quantized together would go past their quantizers, and the hooks.
-            quantizer.done_together = lambda *_: None  # type: ignore[method-assign]
-            stack.callback(quantizer.__dict__.pop, "done_together", None)
         yield shifts
 
 

@@ -179,11 +179,7 @@ class _MultiTensorFakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, advance, options, *tensors):
         items = _items(options, tensors)
-        if not advance:
-            options = tuple(
-                o._replace(tensor_id=-1, estimator=STE if o.estimator == STOCHASTIC else o.estimator) for o in options
-            )
-        ctx.options = options
+        ctx.options = options if advance else tuple(_of_evaluation(o) for o in options)
         ctx.set_materialize_grads(False)
         # The state changes in place from step to step: what backward reads of it says which weights were frozen then.
         ctx.state = [tuple(getattr(p, name) for name in STATE) for p, _ in items]

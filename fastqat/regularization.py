@@ -57,7 +57,7 @@ def dampening(
 
     Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022.
     """
-    factor = Dampening(aggregate=aggregate).factor(torch.atleast_1d(w))
+    factor = Dampening(aggregate=aggregate).factor(w)
     grid: dict[str, Any] = dict(qmin=qmin, qmax=qmax, axis=axis, group_size=group_size, offset=offset, eps=eps)
 
     def nearest(x: Tensor) -> Tensor:
