@@ -30,24 +30,28 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Uninitialized tensor. Not torch::stable::empty: that goes through the dispatcher.
-inline Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
+// Uninitialized tensor on the device of `where`. Not torch::stable::empty: that goes through the dispatcher.
+inline Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype,
+                            const Tensor& where) {
+  int32_t type = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(where.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(where.get(), &index));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), type, index,
+      &handle));
   return Tensor(handle);
 }
 
 // With the sizes and strides of a dense tensor.
 inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
-  return empty_strided(t.dim(), t.sizes().data(), t.strides().data(), dtype);
+  return empty_strided(t.dim(), t.sizes().data(), t.strides().data(), dtype, t);
 }
 
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& where) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
-  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
+  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, where);
 }
 
 // The tensor itself where it is dense, else a copy with the strides that empty_like(preserve_format) gives.
@@ -91,32 +95,20 @@ struct FloatVector {
   }
 };
 
-// The arguments (scale, zero_point, offset, qrange, eps) of an op, read on the CPU.
-struct Grid {
-  FloatVector scale, zero_point, offset;
-  float qmin = 0, qmax = 0, eps = 0;
+// What an empty tensor or a negative axis of a list stands for.
+inline OptionalTensor unless_empty(const Tensor& t) { return t.numel() ? OptionalTensor(t) : std::nullopt; }
+inline std::optional<int64_t> axis_of(int64_t axis) { return axis < 0 ? std::nullopt : std::optional<int64_t>(axis); }
 
-  Grid() = default;
-  Grid(const Tensor& scale_, const OptionalTensor& zero_point_, const OptionalTensor& offset_, const Tensor& qrange,
-       double eps_)
-      : scale(scale_), zero_point(zero_point_), offset(offset_), eps(static_cast<float>(eps_)) {
-    const int32_t* range = qrange.const_data_ptr<int32_t>();
-    qmin = static_cast<float>(range[0]);
-    qmax = static_cast<float>(range[1]);
-  }
+// A result in the layout of x: the tensor itself, or a temporary that deliver() copies into it.
+struct Result {
+  Tensor wanted, own;
 
-  // For ops that reduce per channel without quantizing.
-  static const Grid& none() {
-    static const Grid grid;
-    return grid;
-  }
+  Result(const Tensor& wanted_, const Tensor& x)
+      : wanted(wanted_), own(same_strides(wanted_, x) ? wanted_ : empty_like(x, wanted_.scalar_type())) {}
 
-  bool offset_grid() const { return offset.data != nullptr; }
-
-  Channel channel(int64_t c) const {
-    if (!scale.data) return {};
-    return make_channel(scale.data[c], eps, zero_point.data != nullptr, zero_point.data ? zero_point.data[c] : 0.0f,
-                        offset.data ? offset.data[c] : 0.0f, qmin, qmax);
+  bool is_copy() const { return wanted.data_ptr() != own.data_ptr(); }
+  void deliver() {
+    if (is_copy()) torch::stable::copy_(wanted, own);
   }
 };
 

@@ -7,7 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../torch_api.h"
+#include "../elements.h"
+#include "grid.h"
 
 // One clone per instruction set; the loader picks the best one at run time.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
@@ -19,57 +20,6 @@
 namespace fastqat::cpu {
 
 constexpr int64_t kBlock = 1024;
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-inline __attribute__((always_inline)) float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-inline __attribute__((always_inline)) uint32_t as_bits(float v) { return __builtin_bit_cast(uint32_t, v); }
-
-inline __attribute__((always_inline)) float to_float(float v) { return v; }
-inline __attribute__((always_inline)) float to_float(BFloat16 v) {
-  return as_float(static_cast<uint32_t>(v.bits) << 16);
-}
-// Exponent and mantissa moved to their place in float32 and scaled by 2^112, which makes subnormals right as well.
-inline __attribute__((always_inline)) float to_float(Float16 v) {
-  uint32_t magnitude = (v.bits & 0x7fffu) << 13;
-  uint32_t scaled = as_bits(as_float(magnitude) * 0x1p112f);
-  uint32_t special = magnitude >= (0x1fu << 23) ? 0x7f800000u : 0u;  // Inf and NaN
-  return as_float(scaled | special | (v.bits & 0x8000u) << 16);
-}
-template <class Integer>
-inline __attribute__((always_inline)) float to_float(Integer v) {
-  return static_cast<float>(v);
-}
-
-template <class T>
-struct FromFloat {
-  static inline __attribute__((always_inline)) T convert(float v) { return static_cast<T>(v); }
-};
-// Round to nearest, ties to even; a NaN stays one.
-template <>
-struct FromFloat<BFloat16> {
-  static inline __attribute__((always_inline)) BFloat16 convert(float v) {
-    uint32_t bits = as_bits(v);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return {static_cast<uint16_t>(v != v ? 0x7fc0u : rounded)};
-  }
-};
-template <>
-struct FromFloat<Float16> {
-  static inline __attribute__((always_inline)) Float16 convert(float v) {
-    uint32_t sign = as_bits(v) & 0x80000000u, bits = as_bits(v) ^ sign;
-    uint32_t normal = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;  // rebias the exponent by 15 - 127, round
-    uint32_t subnormal = as_bits(as_float(bits) + 0.5f) - 0x3f000000u;   // the addition rounds at 2^-24
-    uint32_t special = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;           // NaN, or Inf and what rounds beyond it
-    uint32_t half = bits >= 0x47800000u ? special : (bits < 0x38800000u ? subnormal : normal);
-    return {static_cast<uint16_t>(half | sign >> 16)};
-  }
-};
 
 template <class T>
 FASTQAT_CLONES void widen(const T* in, float* out, int64_t n) {

@@ -28,13 +28,6 @@ void run(const Tensor& x, const Grid& grid, std::optional<int64_t> axis, const T
 
 }  // namespace
 
-Tensor fake_quantize(Tensor x, FASTQAT_GRID, std::optional<ScalarType> out_dtype) {
-  x = dense(x);
-  Tensor y = empty_like(x, out_dtype.value_or(x.scalar_type()));
-  run(x, Grid(scale, zero_point, offset, qrange, eps), axis, y);
-  return y;
-}
-
 void fake_quantize_out(Tensor x, FASTQAT_GRID, std::optional<ScalarType>, Tensor y) {
   x = dense(x);
   write_into(y, x, [&](const Tensor& to) { run(x, Grid(scale, zero_point, offset, qrange, eps), axis, to); });

@@ -91,16 +91,6 @@ void run_input(const Tensor& g, const Tensor& x, const Grid& grid, std::optional
 
 }  // namespace
 
-Tensors3 fake_quantize_backward(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale) {
-  x = dense(x);
-  Tensor dx = empty_like(x, x.scalar_type());
-  Tensor dscale = empty({scale.numel()}, ScalarType::Float);
-  Tensor dshift = empty({zero_point || offset ? scale.numel() : 0}, ScalarType::Float);
-  run(with_strides_of(x, g), x, Grid(scale, zero_point, offset, qrange, eps), axis, rounded_mask, lsq_grad_scale, dx,
-      dscale, dshift);
-  return {dx, dscale, dshift};
-}
-
 void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, Tensor dx,
                                 Tensor dscale, Tensor dshift) {
   x = dense(x);
@@ -108,13 +98,6 @@ void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_m
     run(with_strides_of(x, g), x, Grid(scale, zero_point, offset, qrange, eps), axis, rounded_mask, lsq_grad_scale, to,
         dscale, dshift);
   });
-}
-
-Tensor fake_quantize_backward_input(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask) {
-  x = dense(x);
-  Tensor dx = empty_like(x, x.scalar_type());
-  run_input(with_strides_of(x, g), x, Grid(scale, zero_point, offset, qrange, eps), axis, rounded_mask, dx);
-  return dx;
 }
 
 void fake_quantize_backward_input_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, Tensor dx) {

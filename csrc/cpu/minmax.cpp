@@ -33,11 +33,4 @@ void minmax_out(Tensor x, std::optional<int64_t> axis, Tensor low, Tensor high) 
   }
 }
 
-Tensors2 minmax(Tensor x, std::optional<int64_t> axis) {
-  int64_t channels = axis ? x.size(*axis) : 1;
-  Tensor low = empty({channels}, ScalarType::Float), high = empty({channels}, ScalarType::Float);
-  minmax_out(x, axis, low, high);
-  return {low, high};
-}
-
 }  // namespace fastqat::cpu

@@ -7,9 +7,6 @@
 
 namespace fastqat::cpu {
 
-inline OptionalTensor unless_empty(const Tensor& t) { return t.numel() ? OptionalTensor(t) : std::nullopt; }
-inline std::optional<int64_t> axis_of(int64_t axis) { return axis < 0 ? std::nullopt : std::optional<int64_t>(axis); }
-
 // Stochastic rounding of one dense tensor: floor(r + u), elements counted in row-major order, whatever the strides.
 class Noise {
  public:
@@ -60,18 +57,6 @@ class Noise {
   uint64_t seed_ = 0;
   uint32_t step_ = 0, tensor_id_ = 0;
   std::vector<std::pair<int64_t, int64_t>> strides_;  // in memory and in row-major order, outermost in memory first
-};
-
-// A result in the layout of x: the tensor itself, or a temporary that deliver() copies into it.
-struct Result {
-  Tensor wanted, own;
-
-  Result(const Tensor& wanted_, const Tensor& x)
-      : wanted(wanted_), own(same_strides(wanted_, x) ? wanted_ : empty_like(x, wanted_.scalar_type())) {}
-
-  void deliver() {
-    if (wanted.data_ptr() != own.data_ptr()) torch::stable::copy_(wanted, own);
-  }
 };
 
 }  // namespace fastqat::cpu

@@ -56,22 +56,10 @@ void pack_out(Tensor codes, int64_t bits, Tensor packed) {
   }
 }
 
-Tensor pack(Tensor codes, int64_t bits) {
-  Tensor packed = empty({(codes.numel() * bits + 7) / 8}, ScalarType::Byte);
-  pack_out(codes, bits, packed);
-  return packed;
-}
-
 void unpack_out(Tensor packed, int64_t bits, int64_t numel, bool is_signed, Tensor codes) {
   Tensor from = torch::stable::contiguous(packed);
   unpack_units(from.const_data_ptr<uint8_t>(), numel, static_cast<int>(bits), is_signed ? 1 << (bits - 1) : 0,
                static_cast<uint8_t*>(codes.data_ptr()));
-}
-
-Tensor unpack(Tensor packed, int64_t bits, int64_t numel, bool is_signed) {
-  Tensor codes = empty({numel}, is_signed ? ScalarType::Char : ScalarType::Byte);
-  unpack_out(packed, bits, numel, is_signed, codes);
-  return codes;
 }
 
 }  // namespace fastqat::cpu

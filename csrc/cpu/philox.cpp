@@ -17,10 +17,4 @@ void philox_uniform_out(Tensor step, int64_t seed, int64_t tensor_id, int64_t nu
   });
 }
 
-Tensor philox_uniform(Tensor step, int64_t seed, int64_t tensor_id, int64_t numel) {
-  Tensor u = empty({numel}, ScalarType::Float);
-  philox_uniform_out(step, seed, tensor_id, numel, u);
-  return u;
-}
-
 }  // namespace fastqat::cpu

@@ -28,24 +28,10 @@ void run_dequantize(const Tensor& from, const Grid& grid, std::optional<int64_t>
 
 }  // namespace
 
-Tensor quantize(Tensor x, FASTQAT_GRID, ScalarType dtype) {
-  x = dense(x);
-  Tensor codes = empty_like(x, dtype);
-  run_quantize(x, Grid(scale, zero_point, offset, qrange, eps), axis, codes);
-  return codes;
-}
-
 void quantize_out(Tensor x, FASTQAT_GRID, ScalarType, Tensor codes) {
   x = dense(x);
   write_into(codes, x,
              [&](const Tensor& to) { run_quantize(x, Grid(scale, zero_point, offset, qrange, eps), axis, to); });
-}
-
-Tensor dequantize(Tensor codes, FASTQAT_GRID, ScalarType dtype) {
-  codes = dense(codes);
-  Tensor y = empty_like(codes, dtype);
-  run_dequantize(codes, Grid(scale, zero_point, offset, qrange, eps), axis, y);
-  return y;
 }
 
 void dequantize_out(Tensor codes, FASTQAT_GRID, ScalarType, Tensor y) {

@@ -96,10 +96,4 @@ void range_search_out(Tensor x, Tensor scales, OptionalTensor zero_points, Tenso
     }
 }
 
-Tensor range_search(Tensor x, Tensor scales, OptionalTensor zero_points, Tensor qrange, std::optional<int64_t> axis) {
-  Tensor errors = empty({scales.size(0), scales.size(1)}, ScalarType::Float);
-  range_search_out(x, scales, zero_points, qrange, axis, errors);
-  return errors;
-}
-
 }  // namespace fastqat::cpu

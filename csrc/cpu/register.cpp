@@ -2,25 +2,10 @@
 #include <Python.h>
 
 #include "ops.h"
+// After it.
+#include "../register.h"
 
-#define FASTQAT_REGISTER(op)                 \
-  m.impl(#op, TORCH_BOX(&fastqat::cpu::op)); \
-  m.impl(#op "_out", TORCH_BOX(&fastqat::cpu::op##_out))
-
-STABLE_TORCH_LIBRARY_IMPL(fastqat, CPU, m) {
-  FASTQAT_REGISTER(fake_quantize);
-  FASTQAT_REGISTER(fake_quantize_backward);
-  FASTQAT_REGISTER(fake_quantize_backward_input);
-  FASTQAT_REGISTER(quantize);
-  FASTQAT_REGISTER(dequantize);
-  FASTQAT_REGISTER(pack);
-  FASTQAT_REGISTER(unpack);
-  FASTQAT_REGISTER(minmax);
-  FASTQAT_REGISTER(range_search);
-  FASTQAT_REGISTER(philox_uniform);
-  m.impl("multi_tensor_fake_quantize", TORCH_BOX(&fastqat::cpu::multi_tensor_fake_quantize));
-  m.impl("multi_tensor_fake_quantize_backward", TORCH_BOX(&fastqat::cpu::multi_tensor_fake_quantize_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastqat, CPU, m) { FASTQAT_REGISTER_ALL(m); }
 
 PyMODINIT_FUNC PyInit__C() {
   static struct PyModuleDef module = {

@@ -1,0 +1,82 @@
+// What the glue hands to the kernels: tables of plain pointers into the memory of one device, and the functions that
+// start them. No torch, no CUDA header.
+#pragma once
+
+#include <cstdint>
+
+#include "cut.h"
+
+namespace fastqat::cuda {
+
+enum class Dtype : int32_t { float32, bfloat16, float16, int8, uint8, int32, int16 };
+
+// Elements that a thread takes at a time, where float tensors of these dtypes are read or written together.
+inline int64_t vector_of(Dtype a, Dtype b) { return a == Dtype::float32 && b == Dtype::float32 ? 4 : 8; }
+
+// A quantization grid. scale, zero_point or offset (or null): [channels]; qrange: [2].
+struct GridPointers {
+  const float *scale, *zero_point, *offset;
+  const int32_t* qrange;
+  float eps;
+};
+
+// Stochastic rounding at *step; on where tensor_id >= 0.
+struct NoisePointers {
+  const int64_t* step;
+  uint64_t seed;
+  int64_t tensor_id;
+};
+
+// What the blocks that work on one tensor tell each other; zeros before the launch.
+struct Meeting {
+  unsigned long long events[3];  // transitions, oscillations, freezes
+  unsigned int arrived;          // pieces that are done
+  unsigned int unused;
+};
+
+// One tensor to quantize-dequantize. x, y: dense, of the same strides; so are words, frequency and average. Where the
+// words are wide the cut has no vectors.
+struct Forward {
+  const void* x;
+  void* y;
+  GridPointers grid;
+  Cut cut;
+  NoisePointers noise;
+  void* words;  // uint8_t, or int16_t where `wide`; null: not tracked, and the others are null too
+  float *frequency, *average;
+  int64_t* counts;
+  double* clock;
+  const float* threshold;
+  Meeting* meeting;
+  double momentum;
+  Dtype x_dtype, y_dtype;
+  bool wide, use_average, advance;
+};
+
+// One tensor's gradients. g, x, dx, words: dense, of the same strides.
+struct Backward {
+  const void *g, *x;
+  void* dx;
+  GridPointers grid;
+  Cut cut;
+  NoisePointers noise;
+  const void* words;                  // see Forward; null: none is frozen
+  const float *strength, *dampening;  // or null
+  float *dscale, *dshift;             // [channels], or null
+  double* partial;                    // [parts, channels, 2] where some group has several parts
+  unsigned int* arrived;              // [groups], zeros before the launch
+  int64_t estimator;
+  Dtype x_dtype, g_dtype;
+  bool wide, rounded_mask, lsq_grad_scale;
+};
+
+// Each takes entries of the same dtypes: x and y, or x and g, of float32, bfloat16 or float16, and the second like the
+// first unless that is float32.
+void fake_quantize(const Forward* entries, int count, void* stream);
+void fake_quantize_tracking(const Forward* entries, int count, void* stream);
+void fake_quantize_backward(const Backward* entries, int count, void* stream);
+
+// Sets memory to 0, in order with the stream.
+void clear(void* data, int64_t bytes, void* stream);
+
+}  // namespace fastqat::cuda

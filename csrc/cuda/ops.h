@@ -1,0 +1,5 @@
+// The ops of the CUDA backend.
+#pragma once
+
+#define FASTQAT_BACKEND cuda
+#include "../ops.h"
