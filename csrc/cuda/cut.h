@@ -2,7 +2,8 @@
 //
 // A tensor is [outer, channels, inner] in memory. A group of channels is finished together, from its `parts` pieces in
 // their order; the cut depends on the tensor alone, so that sums have the same bits for any number of blocks.
-//   rows     a row [inner] has one channel, and `lanes` threads. Rows that are short: a piece has `width` neighbouring
+//   rows     a row [inner] has one channel, and 2^lane_bits threads. Rows that are short: a piece has `width`
+//   neighbouring
 //            rows. Rows that are long: a piece has up to kPiece elements of one.
 //   columns  for a short inner dimension: a piece has the columns (channel, inner) of `width` channels, a thread for
 //            each, and `depth` outer rows.
@@ -14,7 +15,8 @@
 
 namespace fastqat::cuda {
 
-constexpr int kThreads = 256;           // of a block
+constexpr int kThreadBits = 8, kThreads = 1 << kThreadBits;  // of a block
+constexpr int kWarpBits = 5, kWarp = 1 << kWarpBits;
 constexpr int kPiece = 4096;            // elements of a piece, about
 constexpr int64_t kLongRow = 1024;      // longer rows have a block of their own
 constexpr int64_t kShortestRow = 8;     // shorter rows are handled as columns
@@ -26,14 +28,14 @@ constexpr int64_t kMostColumns = 1 << 18;  // so that elements of a piece are co
 struct Cut {
   int64_t outer, inner;
   int32_t channels;
-  int32_t groups;
-  int32_t parts;  // 1 at least, so that sums over nothing are written, too
+  int32_t groups;  // 1 at least, so that a tensor of no elements has its step, too
+  int32_t parts;   // 1 at least, so that sums over nothing are written, too
   int32_t by_columns;
-  int32_t width;    // channels of a group
-  int32_t per_row;  // pieces of a row
-  int32_t depth;    // outer rows of a piece by columns
-  int32_t lanes;    // threads that share a row
-  int32_t vectors;  // whether they take several elements at a time
+  int32_t width;      // channels of a group
+  int32_t per_row;    // pieces of a row
+  int32_t depth;      // outer rows of a piece by columns
+  int32_t lane_bits;  // 2^lane_bits threads share a row
+  int32_t vectors;    // whether they take several elements at a time
 
   constexpr int64_t pieces() const { return static_cast<int64_t>(groups) * parts; }
 };
@@ -51,7 +53,7 @@ inline Cut make_cut(Layout layout, int64_t vector, bool aligned) {
   if (layout.channels == 1) layout = {1, 1, layout.numel()};
   const auto [outer, channels, inner] = layout;
   const int32_t count = counted(channels);
-  Cut cut{outer, inner, count, count, 1, 0, 1, 1, 1, kThreads, aligned};
+  Cut cut{outer, inner, count, count, 1, 0, 1, 1, 1, kThreadBits, aligned};
   int64_t parts = outer;
   if (inner > kLongRow || channels == 1) {
     cut.per_row = counted(std::max<int64_t>(1, ceil_div(inner, kPiece)));
@@ -68,8 +70,9 @@ inline Cut make_cut(Layout layout, int64_t vector, bool aligned) {
     cut.width = static_cast<int32_t>(std::min<int64_t>(std::max(count, 1), kPiece / std::max<int64_t>(inner, 1)));
     cut.groups = counted(ceil_div(channels, cut.width));
     int64_t wanted = ceil_div(inner, cut.vectors ? vector : 1);
-    for (cut.lanes = 1; cut.lanes < wanted && cut.lanes < 32;) cut.lanes *= 2;
+    for (cut.lane_bits = 0; (1 << cut.lane_bits) < wanted && cut.lane_bits < kWarpBits;) ++cut.lane_bits;
   }
+  cut.groups = std::max(1, cut.groups);
   cut.parts = counted(std::max<int64_t>(1, parts));
   counted(cut.pieces());
   return cut;

@@ -15,7 +15,7 @@ template <class X, class G, Kind kKind, bool kRounded>
 struct Gradients {
   using Sums = TwoSums;
   static constexpr bool kAll = kKind == Kind::stochastic;
-  static constexpr int kVector = kAll ? 1 : kVectorOf<X, G>, kAtOnce = 8;
+  static constexpr int kVector = kAll ? 1 : kVectorOf<X, G>, kAtOnce = kKind == Kind::plain || sizeof(X) == 2 ? 16 : 8;
   template <int n>
   struct Operands {
     typename Array<G>::template Raw<n> g;

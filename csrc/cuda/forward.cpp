@@ -94,11 +94,11 @@ void multi_tensor_fake_quantize(Tensors xs, FASTQAT_GRIDS, FASTQAT_NOISE, Double
   std::vector<Forward> entries;
   for (const Job& job : jobs) {
     entries.push_back(job.entry());
-    if (job.entry().words) entries.back().meeting = meetings + --tracked;
+    if (job.entry().clock) entries.back().meeting = meetings + --tracked;
   }
   start_by_dtypes(entries, &Forward::y_dtype, [&](const Forward* alike, int count) {
     bool tracks = false;
-    for (int i = 0; i < count; ++i) tracks = tracks || alike[i].words || alike[i].noise.tensor_id >= 0;
+    for (int i = 0; i < count; ++i) tracks = tracks || alike[i].clock || alike[i].noise.tensor_id >= 0;
     if (tracks)
       fake_quantize_tracking(alike, count, device.stream());
     else

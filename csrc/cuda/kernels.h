@@ -42,10 +42,10 @@ struct Forward {
   GridPointers grid;
   Cut cut;
   NoisePointers noise;
-  void* words;  // uint8_t, or int16_t where `wide`; null: not tracked, and the others are null too
+  void* words;  // uint8_t, or int16_t where `wide`; it and the next two may be null where there are no elements
   float *frequency, *average;
   int64_t* counts;
-  double* clock;
+  double* clock;  // null: not tracked
   const float* threshold;
   Meeting* meeting;
   double momentum;

@@ -10,7 +10,6 @@
 
 namespace fastqat::cuda {
 
-constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct NoSums {

@@ -20,11 +20,11 @@ struct Events {
   unsigned int count[3];
 };
 
-// A tensor whose weights are tracked, or rounded stochastically (kNoise). entry.words: null where it is not tracked
+// A tensor whose weights are tracked, or rounded stochastically (kNoise). entry.clock: null where it is not tracked
 template <class X, class Y, bool kNoise>
 struct Tracking {
   using Sums = NoSums;
-  static constexpr int kVector = kNoise ? 1 : kVectorOf<X, Y>, kAtOnce = 8;
+  static constexpr int kVector = kNoise ? 1 : kVectorOf<X, Y>, kAtOnce = sizeof(X) == 2 ? 16 : 8;
   template <int n>
   struct Operands {
     typename Array<X>::template Raw<n> x;
@@ -41,7 +41,7 @@ struct Tracking {
   unsigned int offset;  // of what is placed, from there on
   Events events{};
 
-  __device__ Tracking(const Forward& e, const Moment& at_) : entry(e), at(at_), tracks(e.words != nullptr) {
+  __device__ Tracking(const Forward& e, const Moment& at_) : entry(e), at(at_), tracks(e.clock != nullptr) {
     first = tracks && at.first;
     all = tracks && (at.sweeps || at.first);
     none = !tracks || !(at.acts || at.first);
@@ -139,7 +139,7 @@ struct Tracking {
 // After `done` pieces of an entry: adds what they have counted. The last block to do so writes the counts and the
 // clock.
 __device__ __forceinline__ void deliver(const Forward& entry, const Moment& at, const Events& mine, unsigned int done) {
-  if (!entry.words || !entry.advance || !(at.acts || at.first)) return;
+  if (!entry.clock || !entry.advance || !(at.acts || at.first)) return;
   auto& sums = shared<Events>();
   __syncthreads();  // those of the entry before have been delivered
   if (threadIdx.x < 3) sums.count[threadIdx.x] = 0;
@@ -167,7 +167,7 @@ template <class X, class Y, bool kNoise>
 __device__ __forceinline__ int track(const Forward& entry, int piece, int start, int stop) {
   auto& at = shared<Moment>();
   __syncthreads();  // that of the entry before has been used
-  if (threadIdx.x == 0 && entry.words)
+  if (threadIdx.x == 0 && entry.clock)
     at = moment(*entry.noise.step, entry.clock, entry.momentum, *entry.threshold, entry.use_average);
   __syncthreads();
   Tracking<X, Y, kNoise> body(entry, at);
@@ -178,7 +178,8 @@ __device__ __forceinline__ int track(const Forward& entry, int piece, int start,
 }
 
 template <class X, class Y, bool kNoise>
-__global__ void __launch_bounds__(kThreads, 3) tracking_kernel(const __grid_constant__ Table<Forward, kMost> table) {
+__global__ void __launch_bounds__(kThreads, sizeof(X) == 2 ? 2 : 3)
+    tracking_kernel(const __grid_constant__ Table<Forward, kMost> table) {
   for (int piece = blockIdx.x; piece < table.pieces;) {
     const int which = table.find(piece);
     const Forward& entry = table.entries[which];

@@ -49,7 +49,8 @@ __device__ __forceinline__ void go(Body& body, const Share& mine, const Channel&
 
 // Of `size` neighbouring elements from `base` on.
 __device__ __forceinline__ Share share_of_row(const Cut& cut, int vector, bool fast, int64_t base, int size, int lane) {
-  Share mine{base, 0, 0, cut.lanes * vector, 0, 0, 1, size, lane, cut.lanes};
+  const int lanes = 1 << cut.lane_bits;
+  Share mine{base, 0, 0, lanes * vector, 0, 0, 1, size, lane, lanes};
   if (vector == 1 || !cut.vectors || !fast) return mine;
   const int misaligned = static_cast<int>(base % vector);
   const int before = std::min(misaligned ? vector - misaligned : 0, size);
@@ -79,11 +80,12 @@ __device__ __forceinline__ void traverse(Body& body, const Cut& cut, int piece, 
   const int64_t begin = cut.by_columns ? 0 : static_cast<int64_t>(part % cut.per_row) * kPiece;
   const int64_t origin = (outer * cut.channels + group * cut.width) * cut.inner + begin;
   body.begin(origin);
-  const int passes = cut.by_columns ? 1 : (cut.width + kThreads / cut.lanes - 1) / (kThreads / cut.lanes);
+  const int lanes = 1 << cut.lane_bits, row_bits = kThreadBits - cut.lane_bits;  // 2^row_bits rows at a time
+  const int passes = cut.by_columns ? 1 : (cut.width + (1 << row_bits) - 1) >> row_bits;
   for (int pass = 0; pass < passes; ++pass) {
     // The channel of this thread, counted within the group.
     const int own =
-        cut.by_columns ? (columns ? thread % columns / inner : 0) : pass * (kThreads / cut.lanes) + thread / cut.lanes;
+        cut.by_columns ? (columns ? thread % columns / inner : 0) : (pass << row_bits) + (thread >> cut.lane_bits);
     const int c = group * cut.width + own;
     const bool exists =
         own < cut.width && c < cut.channels && outer < cut.outer && (!cut.by_columns || thread < rows * columns);
@@ -97,22 +99,25 @@ __device__ __forceinline__ void traverse(Body& body, const Cut& cut, int piece, 
       } else {
         const int64_t size = cut.per_row == 1 ? cut.inner : std::min<int64_t>(kPiece, cut.inner - begin);
         mine = share_of_row(cut, Body::kVector, is_fast_scale(ch.scale), origin + own * cut.inner,
-                            static_cast<int>(size), thread % cut.lanes);
+                            static_cast<int>(size), thread & (lanes - 1));
       }
       body.place(mine.base);
       go(body, mine, ch, sums);
     }
     if (!Sums::kAny) continue;
+    bool first = (thread & (lanes - 1)) == 0;  // of those that have merged their sums
+    int finished = own;
     if (cut.by_columns) {
       merge_columns(sums, rows, columns, inner);
-      if (thread < cut.width && group * cut.width + thread < cut.channels) deliver(group * cut.width + thread, sums);
+      first = true;
+      finished = thread;
+    } else if (lanes <= kWarp) {
+      merge_lanes(sums, lanes);
     } else {
-      if (cut.lanes <= kWarp)
-        merge_lanes(sums, cut.lanes);
-      else
-        merge_block(sums);
-      if (thread % cut.lanes == 0 && own < cut.width && c < cut.channels) deliver(c, sums);
+      merge_block(sums);
     }
+    if (first && finished < cut.width && group * cut.width + finished < cut.channels)
+      deliver(group * cut.width + finished, sums);
   }
   body.end();
   if (Sums::kAny && cut.parts > 1) merge_parts(body, cut, group, partial, arrived);
