@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastqat import autograd, multi_tensor
-from fastqat.multi_tensor import Item
-from fastqat.nn.items import item_of
+from fastqat.nn.calls import NOTHING, Together
+from fastqat.nn.items import quantize_alone
 from fastqat.nn.ranged import RangedQuantizer
 from fastqat.nn.spec import QSpec
-from fastqat.nn.together import NOTHING, Together
-from fastqat.nn.tracking import Dampening, Oscillation, Tracker, value_at
+from fastqat.nn.tracking import Dampening, Oscillation, Tracker
 from fastqat.ops import checks
 from fastqat.ops.estimators import ESTIMATORS, kernel_strength
 
@@ -176,8 +174,12 @@ class FakeQuant(RangedQuantizer):
 
     def is_idle(self) -> bool:
         """True if a forward would pass its tensor through and look at nothing."""
-        follows = self.range_low is not None and self.observer_enabled and self.training
-        return not (self.fake_quant_enabled or self._calibrating or follows)
+        return not (self.fake_quant_enabled or self._calibrating or self.is_following)
+
+    @property
+    def is_following(self) -> bool:
+        """True if a forward would move the range with the data."""
+        return self.range_low is not None and self.observer_enabled and self.training
 
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Quantize-dequantize x.
@@ -199,15 +201,14 @@ class FakeQuant(RangedQuantizer):
             self._initialize(x)
             if not self.initialized:  # nothing that has a range
                 return x if out_dtype is None else x.to(out_dtype)
-        axis, scale, zero_point = self._grid(x)
+        axis, scale, zero_point = self.grid(x)
         if not self.fake_quant_enabled:
             return x if out_dtype is None else x.to(out_dtype)
         if not self._is_plain:
             if torch._C._are_functorch_transforms_active():
                 wanted = "no estimator, tracking or dampening under a torch.func transform (use fastqat.functional)"
                 checks.fail(NotImplementedError, "FakeQuant", wanted, f"estimator={self.estimator!r}")
-            item = item_of(self, x, scale, zero_point, axis, out_dtype)
-            return multi_tensor.apply_multi_tensor([item], self.training)[0]
+            return quantize_alone(self, x, scale, zero_point, axis, out_dtype)
         return autograd.apply_fake_quantize(
             x,
             scale,
@@ -222,23 +223,23 @@ class FakeQuant(RangedQuantizer):
             out_dtype=out_dtype,
         )
 
-    def _grid(self, x: Tensor) -> tuple[int | None, Tensor, Tensor | None]:
-        """Axis, scale and zero point for a tensor; a range that follows the data takes it into account."""
+    def checked_axis(self, x: Tensor) -> int | None:
+        """The axis in [0, x.dim()), or None; for a tensor that the scale belongs to."""
         axis = checks.normalized_axis(x, self.axis)
         checks.parameter("FakeQuant.scale", self.scale, x, checks.scale_shape(x, axis, self.group_size))
-        if self.range_low is not None and self.observer_enabled and self.training:
+        return axis
+
+    def grid(self, x: Tensor) -> tuple[int | None, Tensor, Tensor | None]:
+        """Axis, scale and zero point for a tensor; a range that follows the data takes it into account."""
+        axis = self.checked_axis(x)
+        if self.is_following:
             return axis, *self._follow(x)
         return axis, self.scale, self.zero_point
 
     def is_ready(self) -> bool:
         """True if a call would quantize and do nothing else: the range is set, it is switched on, no hook listens."""
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        return self.initialized and self.fake_quant_enabled and not self._calibrating and not hooks
-
-    def item(self, x: Tensor, out_dtype: torch.dtype | None, value_of: Callable[..., Tensor] = value_at) -> Item:
-        """The quantization of x, to be done together with others; see :func:`fastqat.nn.items.item_of`."""
-        axis, scale, zero_point = self._grid(x)
-        return item_of(self, x, scale, zero_point, axis, out_dtype, value_of)
+        return not hooks and self.initialized and self.fake_quant_enabled and not self._calibrating
 
     def done_together(self, weight: Tensor, dtype: torch.dtype | None) -> Tensor | None:
         """The quantized weight, where :func:`quantize_weights_together` has it; else None."""

@@ -102,7 +102,7 @@ class QuantizedLayer:
 
     @property
     def _groups(self) -> int:
-        return getattr(self, "groups", 1)
+        return self.__dict__.get("groups", 1)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input, quantized where it is the input that has the quantizer."""

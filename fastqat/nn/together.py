@@ -2,84 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastqat.multi_tensor import Item, apply_multi_tensor
-from fastqat.nn.tracking import value_at
+from fastqat.nn.calls import NOTHING, Bucket, Forward, Member
 from fastqat.ops import checks
-from fastqat.schedules import Schedule
-
-if TYPE_CHECKING:
-    from fastqat.nn.fake_quant import FakeQuant
-    from fastqat.nn.layers import QuantizedLayer
-
-
-class Together(NamedTuple):
-    """What a quantizer has of its weight.
-
-    Args:
-        weight: that was quantized; None: there is nothing.
-        dtype: of the result, as it was asked for.
-        value: quantized.
-        running: the forward pass of the model runs. Afterwards only its backward pass may come back for it, to compute
-            a part of it again: whoever calls a layer by itself may have changed its weight.
-        again: that may be so. Reentrant checkpointing, which runs the forward pass without gradients and a backward
-            pass of its own for each part, has the weight quantized again: there is one graph for all values.
-    """
-
-    weight: Tensor | None = None
-    dtype: torch.dtype | None = None
-    value: Tensor | None = None
-    running: bool = False
-    again: bool = True
-
-    def get(self, weight: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-        """The quantized weight, if it is there and may be used."""
-        if self.weight is not weight or self.dtype != dtype:
-            return None
-        return self.value if self.running or (self.again and torch._C._current_graph_task_id() != -1) else None
-
-
-NOTHING = Together()
-
-
-class _Member(NamedTuple):
-    layer: QuantizedLayer
-    name: str
-    quantizer: FakeQuant
-
-    @property
-    def weight(self) -> Tensor:
-        return getattr(self.layer, self.name)
-
-    def is_ready(self) -> bool:
-        """True if the layer would quantize its weight as it is now.
-
-        Not where it is computed (parametrized, pruned), where a hook of the layer or its max_norm may change it first,
-        or where the layer has lost the quantizer.
-        """
-        # Past nn.Module, whose way to look for attributes is a long one.
-        layer: dict[str, Any] = self.layer.__dict__
-        is_own = layer["_parameters"].get(self.name) is not None
-        kept = layer["_modules"].get(f"{self.name}_fake_quant") is self.quantizer
-        may_change = layer["_forward_pre_hooks"] or layer.get("max_norm") is not None
-        return is_own and kept and not may_change and self.quantizer.is_ready()
-
-    def is_differentiable(self) -> bool:
-        """True if the own weight of the layer or its range gets a gradient."""
-        if self.layer.__dict__["_parameters"][self.name].requires_grad:
-            return True
-        return any(p is not None and p.requires_grad for p in self.quantizer._parameters.values())
 
 
 class WeightBuckets:
     """The hooks of :func:`quantize_weights_together`; ``remove()`` takes them off."""
 
-    def __init__(self, model: nn.Module, buckets: list[list[_Member]]) -> None:
+    def __init__(self, model: nn.Module, buckets: list[Bucket]) -> None:
         self.buckets = buckets  # and not the model, which holds this: it goes when its last user does
+        self._forward: Forward | None = None  # that runs
         # Before the hooks of others; and after them even where the forward pass fails.
         self._handles = [
             model.register_forward_pre_hook(self.before, prepend=True),
@@ -92,6 +29,8 @@ class WeightBuckets:
             handle.remove()
         self._handles = []
         self._forget()
+        for bucket in self.buckets:
+            bucket.forget()
 
     @property
     def is_active(self) -> bool:
@@ -103,57 +42,23 @@ class WeightBuckets:
         self._forget()
         if torch._C._are_functorch_transforms_active():
             return
+        self._forward = Forward()
         for bucket in self.buckets:
-            # A layer may be in evaluation, or without gradients, while others train, or on a device of its own.
-            alike: dict[tuple[bool, bool, torch.device], list[_Member]] = {}
-            for m in bucket:
-                if m.is_ready():
-                    key = (m.quantizer.training, m.is_differentiable(), m.weight.device)
-                    alike.setdefault(key, []).append(m)
-            for (training, *_), members in alike.items():
-                self._quantize(members, training)
+            for call in bucket.calls():
+                call.run(self._forward)
 
     def _forget(self) -> None:
         for bucket in self.buckets:
             for m in bucket:
                 m.quantizer.keep(NOTHING)
 
-    def _quantize(self, members: list[_Member], training: bool) -> None:
-        weights = [m.weight for m in members]
-        dtypes = [m.layer.quantized_dtype(w.device.type) for m, w in zip(members, weights, strict=True)]
-        values = _Values(members)
-        items = [_item(m, w, dtype, values) for m, w, dtype in zip(members, weights, dtypes, strict=True)]
-        results = apply_multi_tensor(items, training)
-        for m, weight, dtype, value in zip(members, weights, dtypes, results, strict=True):
-            m.quantizer.keep(Together(weight, dtype, value, running=True))
-
     def after(self, *_: object) -> None:
         """Leave the weights to the backward pass alone."""
-        for bucket in self.buckets:
-            for m in bucket:
-                done = m.quantizer.together
-                comes_back = done.value is not None and done.value.requires_grad and not torch.compiler.is_compiling()
-                m.quantizer.keep(done._replace(running=False) if comes_back else NOTHING)
-
-
-class _Values:
-    """Numbers and schedules at the steps of the members: one computation for all that share a schedule."""
-
-    def __init__(self, members: list[_Member]) -> None:
-        self.steps = [m.quantizer.step for m in members]
-        self.known: dict[Schedule, dict[int, Tensor]] = {}
-
-    def __call__(self, value: float | Schedule, step: Tensor) -> Tensor:
-        if not isinstance(value, Schedule):
-            return value_at(value, step)
-        if value not in self.known:
-            at = value.tensor(torch.cat(self.steps)).split(1)
-            self.known[value] = {id(s): v for s, v in zip(self.steps, at, strict=True)}
-        return self.known[value][id(step)]
-
-
-def _item(member: _Member, weight: Tensor, dtype: torch.dtype | None, values: _Values) -> Item:
-    return member.quantizer.item(member.layer.quantized_view(weight, member.quantizer), dtype, values)
+        if torch.compiler.is_compiling():
+            self._forget()
+        elif self._forward is not None:
+            self._forward.end()
+        self._forward = None
 
 
 def quantize_weights_together(model: nn.Module, bucket_bytes: int | None = None) -> WeightBuckets:
@@ -179,21 +84,21 @@ def quantize_weights_together(model: nn.Module, bucket_bytes: int | None = None)
         checks.fail(ValueError, "bucket_bytes", "None or a positive number", bucket_bytes)
     if getattr(model, BUCKETS, None) is not None and getattr(model, BUCKETS).is_active:
         checks.fail(ValueError, "model", "one without weights that are quantized together", "one that has them")
-    members: dict[int, _Member] = {}
+    members: dict[int, Member] = {}
     for layer in model.modules():
         for name, quantizer in getattr(layer, "weight_quantizers", dict)().items():
-            members.setdefault(id(quantizer), _Member(layer, name, quantizer))  # type: ignore[arg-type]  # it is a twin
+            members.setdefault(id(quantizer), Member(layer, name, quantizer))  # type: ignore[arg-type]  # it is a twin
     if not members:
         checks.fail(ValueError, "model", "a prepared model with quantized weights", f"{type(model).__name__} without")
-    buckets: list[list[_Member]] = [[]]
+    parts: list[list[Member]] = [[]]
     size = 0
     for member in reversed(members.values()) if bucket_bytes else members.values():
-        if bucket_bytes and buckets[-1] and size >= bucket_bytes:
-            buckets.append([])
+        if bucket_bytes and parts[-1] and size >= bucket_bytes:
+            parts.append([])
             size = 0
-        buckets[-1].append(member)
+        parts[-1].append(member)
         size += member.weight.numel() * member.weight.element_size()
-    handle: Any = WeightBuckets(model, buckets)
+    handle: Any = WeightBuckets(model, [Bucket(part) for part in parts])
     setattr(model, BUCKETS, handle)
     return handle
 
