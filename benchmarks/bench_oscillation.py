@@ -12,6 +12,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from all_weights import (
+    BITS,
+    MOMENTUM,
+    OSCILLATION,
+    QMAX,
+    QMIN,
+    THRESHOLD,
+    AllWeights,
+    QuantizeAll,
+    all_tracked,
+    pair,
+)
 from conftest import goal, take_turns
 from peers import TrackingState, compiled_lsq, compiled_tracked_lsq, tracked_lsq
 from torch import Tensor, nn
@@ -20,11 +32,10 @@ import fastqat
 from fastqat import models
 from fastqat.nn.together import BUCKETS
 
-SHAPE, BITS, QMIN, QMAX, MOMENTUM, THRESHOLD = (512, 4608), 3, -4, 3, 0.001, 0.1
+SHAPE = (512, 4608)
 NUMEL = SHAPE[0] * SHAPE[1]
 SHARES = {"0.05 %": 0.0005, "0.5 %": 0.005}  # of the codes that change in a step
 PLACES = {"memory": 4, "cache": 1}  # pairs of tensors to go round
-OSCILLATION = fastqat.Oscillation(MOMENTUM, THRESHOLD)
 
 for place in PLACES:
     for share, bound in zip(SHARES, (1.25, 1.5), strict=True):
@@ -38,13 +49,6 @@ for place in PLACES:
 for peer, bound in (("compiled", 10), ("eager", 25)):
     goal(f"53 weights: {peer} tracked / fastqat tracked", f"53_{peer}_tracked", "53_fastqat_tracked", ">=", bound)
 goal("53 weights: compiled LSQ / fastqat", "53_compiled_lsq", "53_fastqat", ">=", 1.5)
-
-
-def pair(weight: Tensor, scale: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """A weight, and one that differs from it by a step of the grid in a share of the elements."""
-    moved = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < share
-    step = scale.view(-1, *[1] * (weight.dim() - 1)) * torch.where(weight > 0, -1.0, 1.0)
-    return weight, torch.where(moved, weight + step, weight)
 
 
 def quantizer(scale: Tensor, **options) -> fastqat.FakeQuant:
@@ -167,33 +171,15 @@ def bench_tracked_training(benchmark, place):
     take_turns(benchmark, named, rounds=40)
 
 
-class Whole:
-    """All weights of a MobileNetV2, each in two versions, and their gradients."""
-
-    def __init__(self, oscillation: fastqat.Oscillation | None) -> None:
-        torch.manual_seed(0)
-        self.model: nn.Module = models.build("mobilenetv2", 10, (3, 32, 32))
-        spec = fastqat.QSpec(BITS, axis=0, learn="scale", oscillation=oscillation)
-        fastqat.prepare(self.model, fastqat.QConfig(spec, None))
-        self.buckets = fastqat.quantize_weights_together(self.model)
-        members = self.buckets.buckets[0]
-        assert len(members) == 53
-        self.quantizers = [m.quantizer for m in members]
-        self.weights = [m.weight for m in members]
-        self.scales = [q.scale for q in self.quantizers]
-        pairs = [pair(w.detach(), s.detach(), 0.0005) for w, s in zip(self.weights, self.scales, strict=True)]
-        self.versions = itertools.cycle([[p[k].clone() for p in pairs] for k in (0, 1)])
-        self.g = [torch.randn_like(w) for w in self.weights]
+class Whole(AllWeights):
+    """All weights of a MobileNetV2, with tensors that take each other's place instead of moving."""
 
     def fastqat(self) -> object:
         for weight, version in zip(self.weights, next(self.versions), strict=True):
             weight.data = version
-        torch._foreach_add_([q.step for q in self.quantizers], 1)  # as after the step of an optimizer
-        self.buckets.before(self.model, ())
-        ys = [q.together.value for q in self.quantizers]
-        return torch.autograd.grad(ys, self.weights + self.scales, self.g)
+        return self.step()
 
-    def peer(self, quantize_all: Callable[[list[Tensor], list[Tensor]], list[Tensor]]) -> Callable[[], object]:
+    def peer(self, quantize_all: QuantizeAll) -> Callable[[], object]:
         scales = [s.detach().clone().requires_grad_() for s in self.scales]
 
         def run() -> object:
@@ -201,17 +187,6 @@ class Whole:
             return torch.autograd.grad(quantize_all(weights, scales), weights + scales, self.g)
 
         return run
-
-    def states(self) -> list[TrackingState]:
-        return [TrackingState.of(w.detach(), s, QMIN, QMAX) for w, s in zip(self.weights, self.scales, strict=True)]
-
-
-def all_tracked(states: list[TrackingState]) -> Callable[[list[Tensor], list[Tensor]], list[Tensor]]:
-    def run(weights: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
-        three = zip(weights, scales, states, strict=True)
-        return [tracked_lsq(w, s, QMIN, QMAX, state, MOMENTUM, THRESHOLD) for w, s, state in three]
-
-    return run
 
 
 def bench_53_weights(benchmark):

@@ -28,7 +28,7 @@ def aten_learnable(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
 
 def aten_fixed(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
     """ATen's fake quantization per channel with a fixed scale."""
-    zero_point = torch.zeros(scale.shape, dtype=torch.int32)
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(x, scale.detach(), zero_point, 0, qmin, qmax)
 
 
@@ -67,7 +67,8 @@ def tracked_lsq(
     """LSQ with the oscillation tracking and freezing of Nagel et al. (ICML 2022), every weight in every step."""
     s = scale.view(-1, *[1] * (w.dim() - 1))
     r = (w / s).clamp(qmin, qmax)
-    r = torch.where(state.frozen, state.frozen_code, r + (r.round() - r).detach())
+    frozen = state.frozen.clone()  # backward needs the mask of before
+    r = torch.where(frozen, state.frozen_code, r + (r.round() - r).detach())
     with torch.no_grad():
         code = r.detach()
         change = code - state.code
@@ -76,9 +77,9 @@ def tracked_lsq(
         state.frequency.lerp_(oscillates.float(), momentum)
         state.direction.copy_(torch.where(change != 0, way, state.direction))
         state.code.copy_(code)
-        newly = (state.frequency > threshold) & ~state.frozen
+        newly = (state.frequency > threshold) & ~frozen
         state.frozen_code.copy_(torch.where(newly, state.average.round(), state.frozen_code))
-        state.frozen = state.frozen | newly  # backward needs the mask of before
+        state.frozen.logical_or_(newly)
         state.average.lerp_(code, momentum)
     return r * s
 
