@@ -180,22 +180,25 @@ def minmax(x, axis):
 def range_search(x, scales, zero_points, qrange, axis):
     """Errors to 1e-5; y may be rounded or not, and at a tie either code may be taken: both have one error."""
     values = as_float32(x)
-    finite = torch.from_numpy(np.where(np.isfinite(values), values, F32(0)))
+    counts = np.isfinite(values)
+    finite = torch.from_numpy(np.where(counts, values, F32(0)))
+
+    def sums(errors: np.ndarray) -> np.ndarray:
+        return along(np.where(counts, errors, 0.0), axis).sum(1)
+
     wants, bounds = [], []
     with np.errstate(all="ignore"):
         for k in range(scales.shape[0]):
             grid = Grid(x, scales[k], None if zero_points is None else zero_points[k], None, qrange, axis, 0.0)
             code, ratio, wide = grid.code(finite), grid.exact_ratio(finite), finite.numpy().astype(F64)
-            want = along((grid.value(code) - wide) ** 2, axis).sum(1)
+            want = sums((grid.value(code) - wide) ** 2)
             unrounded = (grid.s.astype(F64) * (code - grid.z) - wide) ** 2
             from_tie = np.abs(np.abs(ratio - np.floor(ratio)) - 0.5)
             other = np.clip(code + np.sign(ratio + grid.z - code), grid.low, grid.high)
             swap = np.abs((grid.s.astype(F64) * (other - grid.z) - wide) ** 2 - unrounded)
             slack = np.where(from_tie <= 2.0**-22 * np.abs(ratio), swap, 0.0)
             wants.append(want)
-            bounds.append(
-                1e-5 * want + np.abs(along(unrounded, axis).sum(1) - want) + along(slack, axis).sum(1) + 1e-45
-            )
+            bounds.append(1e-5 * want + np.abs(sums(unrounded) - want) + sums(slack) + 1e-45)
     return (Within(torch.from_numpy(np.stack(wants)), torch.from_numpy(np.stack(bounds))),)
 
 

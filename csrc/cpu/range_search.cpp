@@ -1,5 +1,5 @@
 // range_search: squared errors of many candidate grids from one read of x.
-#include <limits>
+#include "../range_search.h"
 
 #include "elements.h"
 #include "ops.h"
@@ -10,26 +10,6 @@ namespace {
 constexpr int64_t kTile = 2048;       // elements that stay in the first-level cache while all candidates pass over them
 constexpr int64_t kPieceTiles = 4;    // tiles of one piece of work; partial errors are kept per piece
 constexpr int kCandidatesAtOnce = 4;  // independent sums hide the latency of the additions
-
-// Adding kMagic rounds to an integer, ties to even: the sum has no bits for a fraction.
-constexpr float kMagic = 0x1.8p23f;
-
-struct Candidate {
-  float scale, reciprocal, low, high;  // low, high: levels + kMagic
-};
-
-Candidate make_candidate(const Grid& grid, int64_t index) {
-  Channel ch = grid.channel(index);
-  float reciprocal = std::min(ch.reciprocal, std::numeric_limits<float>::max());  // 0 * Inf would be NaN
-  return {ch.scale, reciprocal, ch.low + kMagic, ch.high + kMagic};
-}
-
-// Rounds x * (1 / s) rather than x / s: they differ only at ties, where both codes have the same error.
-inline __attribute__((always_inline)) float add_squared_error(float sum, float x, const Candidate& c) {
-  float rounded = clamp(__builtin_fmaf(x, c.reciprocal, kMagic), c.low, c.high) - kMagic;
-  float residual = __builtin_fmaf(rounded, c.scale, -x);
-  return __builtin_fmaf(residual, residual, sum);
-}
 
 FASTQAT_CLONES void loop(const float* x, int64_t n, const Candidate* c, double* errors) {
   float e0 = 0, e1 = 0, e2 = 0, e3 = 0;
@@ -78,7 +58,7 @@ void range_search_out(Tensor x, Tensor scales, OptionalTensor zero_points, Tenso
     std::vector<float> tile(kTile);
     for (int64_t p = begin; p < end; ++p) {
       int64_t c = p / per_channel, start = p % per_channel * piece_size;
-      for (int64_t k = 0; k < count; ++k) candidates[k] = make_candidate(grid, k * channels + c);
+      for (int64_t k = 0; k < count; ++k) candidates[k] = make_candidate(grid.channel(k * channels + c));
       for (int64_t i = start; i < std::min(start + piece_size, length); i += kTile) {
         int64_t n = gather(in, layout, c, i, std::min(kTile, length - i), tile.data());
         for (int64_t k = 0; k < padded; k += kCandidatesAtOnce)

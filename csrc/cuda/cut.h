@@ -78,4 +78,29 @@ inline Cut make_cut(Layout layout, int64_t vector, bool aligned) {
   return cut;
 }
 
+// How range_search cuts a tensor, whose elements take so long that a piece may be small, and its sums so much memory
+// that there must not be too many.
+struct SearchCut {
+  int64_t size;     // elements of a part of a channel
+  int32_t parts;    // of a channel
+  int32_t sharing;  // warps for each part, a power of two, all of a block where there are several; 0: one thread
+  int32_t pieces;   // each the work of one block, unless it is one of threads
+};
+
+constexpr int kHeld = 16;  // elements that a thread holds
+constexpr int kTile = 32 * kHeld;
+constexpr int kWarps = kThreads / 32;
+constexpr int64_t kSearchPieces = 2048;
+
+inline SearchCut make_search_cut(const Layout& layout) {
+  const int64_t length = layout.outer * layout.inner, channels = counted(layout.channels);
+  if (length <= kHeld) return {kHeld, 1, 0, counted(channels)};
+  const int64_t most = std::max<int64_t>(1, kSearchPieces / std::max<int64_t>(1, channels));
+  const int64_t size = ceil_div(ceil_div(length, std::min(most, ceil_div(length, kPiece))), kTile) * kTile;
+  SearchCut cut{size, counted(ceil_div(length, size)), 1, 0};
+  while (cut.sharing < kWarps && cut.sharing * kTile < length) cut.sharing *= 2;
+  cut.pieces = counted(ceil_div(channels, kWarps / cut.sharing) * cut.parts);
+  return cut;
+}
+
 }  // namespace fastqat::cuda

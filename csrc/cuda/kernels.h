@@ -70,11 +70,70 @@ struct Backward {
   bool wide, rounded_mask, lsq_grad_scale;
 };
 
+// A tensor and its codes, dense, of the same strides: int8, uint8 or int32. Where they are int32 the cut has no
+// vectors.
+struct Coded {
+  const void *x, *codes;
+  GridPointers grid;
+  Cut cut;
+  Dtype x_dtype, code_dtype;
+};
+
+// The extremes of a dense tensor. low, high: [channels]
+struct MinMax {
+  const void* x;
+  Cut cut;
+  float *low, *high;
+  float* partial;         // [parts, channels, 2] where a group has several parts
+  unsigned int* arrived;  // [groups], zeros before the launch
+  Dtype x_dtype;
+};
+
+// Squared errors of many candidate grids for a dense tensor. errors, and what the grid has: [candidates, channels]
+struct RangeSearch {
+  const void* x;
+  GridPointers grid;
+  Layout layout;
+  SearchCut cut;
+  float* errors;
+  double* partial;        // [channels, parts, candidates] where a channel has several parts
+  unsigned int* arrived;  // [channels], zeros before the launch
+  int32_t candidates;
+  Dtype x_dtype;
+
+  constexpr double* partial_of(int c, int part) const {
+    return partial + (static_cast<int64_t>(c) * cut.parts + part) * candidates;
+  }
+};
+
+// Integer codes, int8, uint8 or int32, and the stream of `bits` bits of each. aligned: both to 16 bytes.
+struct Packing {
+  void *codes, *packed;
+  int64_t numel;
+  int bits;
+  Dtype code_dtype;
+  bool aligned;
+};
+
 // Each takes entries of the same dtypes: x and y, or x and g, of float32, bfloat16 or float16, and the second like the
 // first unless that is float32.
 void fake_quantize(const Forward* entries, int count, void* stream);
 void fake_quantize_tracking(const Forward* entries, int count, void* stream);
 void fake_quantize_backward(const Backward* entries, int count, void* stream);
+
+// x -> codes and codes -> x.
+void quantize(const Coded& entry, void* stream);
+void dequantize(const Coded& entry, void* stream);
+
+void minmax(const MinMax& entry, void* stream);
+void range_search(const RangeSearch& search, void* stream);
+
+// codes -> packed, and packed -> codes of int8 (signed) or uint8.
+void pack(const Packing& packing, void* stream);
+void unpack(const Packing& packing, void* stream);
+
+// u: [numel], where `aligned` to 16 bytes.
+void philox_uniform(const NoisePointers& noise, int64_t numel, bool aligned, float* u, void* stream);
 
 // Sets memory to 0, in order with the stream.
 void clear(void* data, int64_t bytes, void* stream);

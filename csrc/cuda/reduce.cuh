@@ -73,19 +73,24 @@ __device__ __forceinline__ void merge_columns(Sums& sums, int rows, int columns,
     for (int row = 0; row < rows; ++row) sums.merge(scratch[row * columns + j]);
 }
 
+// Whether this block is the last of `parts` to have written its part, and then sees all of them.
+__device__ __forceinline__ bool arrives_last(unsigned int* arrived, int parts) {
+  auto& ticket = shared<Ticket>();
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) ticket.value = atomicAdd(arrived, 1u);
+  __syncthreads();
+  const bool last = ticket.value == static_cast<unsigned int>(parts - 1);
+  __syncthreads();  // before the next ticket
+  if (last) __threadfence();
+  return last;
+}
+
 // The block that is the last to deliver its part of a group merges all of them, in their order.
 template <class Body, class Sums>
 __device__ __forceinline__ void merge_parts(Body& body, const Cut& cut, int group, const Sums* partial,
                                             unsigned int* arrived) {
-  auto& ticket = shared<Ticket>();
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) ticket.value = atomicAdd(&arrived[group], 1u);
-  __syncthreads();
-  const bool is_last = ticket.value == static_cast<unsigned int>(cut.parts - 1);
-  __syncthreads();  // before the next ticket
-  if (!is_last) return;
-  __threadfence();
+  if (!arrives_last(&arrived[group], cut.parts)) return;
   const bool together = cut.width == 1;  // all threads for one channel, or each for its own
   for (int k = together ? 0 : threadIdx.x; k < cut.width; k += kThreads) {
     const int c = group * cut.width + k;

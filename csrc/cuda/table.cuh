@@ -9,8 +9,16 @@
 
 namespace fastqat::cuda {
 
-constexpr int kMost = 60;       // entries of a launch: 53 weights are a MobileNetV2, 54 a ResNet-50
-constexpr int kBlocksEach = 8;  // blocks for each multiprocessor: with kThreads, as many as may reside
+// Entries of a launch: 53 weights are a MobileNetV2, 54 a ResNet-50. The arguments of a kernel may have 32764 bytes
+// since CUDA 12.1, and 4096 before.
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
+constexpr int kMost = 15;
+constexpr size_t kMostBytes = 4096;
+#else
+constexpr int kMost = 60;
+constexpr size_t kMostBytes = 32764;
+#endif
+constexpr int kBlocksEach = 8;  // blocks for each multiprocessor: as many as may reside, and more
 
 template <class Entry, int kCapacity>
 struct Table {
@@ -34,6 +42,7 @@ struct Table {
 template <int kCapacity, class Entry, class Start>
 void for_each_table(const Entry* entries, int count, const Start& start) {
   const int64_t most_blocks = static_cast<int64_t>(multiprocessors()) * kBlocksEach;
+  static_assert(sizeof(Table<Entry, kCapacity>) <= kMostBytes);
   for (int first = 0; first < count; first += kCapacity) {
     Table<Entry, kCapacity> table;
     table.count = std::min(kCapacity, count - first);
