@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import platform
 import shlex
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 import fastqat
+from fastqat.ops import native
 from fastqat.train.config import OPTIONS, make_config, nearest, recipes
 from fastqat.train.interrupt import Interrupted
 from fastqat.train.options import GROUPS, Option
@@ -77,13 +79,47 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 def status(options: dict[str, Any]) -> int:
     """Print versions, and for each backend whether it can run here, or why not."""
-    versions = {"fastqat": fastqat.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {
+        "fastqat": fastqat.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none in torch",
+        "triton": _version_of("triton"),
+        "python": platform.python_version(),
+    }
+    libraries = {library.name: library.state() for library in (native.cpu, native.cuda)}
     used = {f"on {device}": fastqat.current_backend(device) for device in ("cpu", "cuda")}
-    for title, lines in (("versions", versions), ("backends", fastqat.status()), ("chosen", used)):
+    sections = {
+        "versions": versions,
+        "devices": _devices(),
+        "libraries": libraries,
+        "backends": fastqat.status(),
+        "chosen": used,
+    }
+    for title, lines in sections.items():
         print(title)
         for name, value in lines.items():
             print(f"  {name:<10} {value}")
     return 0
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> dict[str, str]:
+    """Name and capability of each GPU, and whether the CUDA library has code for it."""
+    devices = {"cpu": f"{torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        line = f"{torch.cuda.get_device_name(index)}, capability {major}.{minor}"
+        if native.cuda.module is not None:
+            line += ", with" if native.cuda.has_code(10 * major + minor) else ", without"
+            line += " code in _C_cuda"
+        devices[f"cuda:{index}"] = line
+    return devices
 
 
 def train(options: dict[str, Any]) -> int:

@@ -1,8 +1,8 @@
 """Which backend runs the ops: registration with the dispatcher, :func:`use_backend` and :func:`status`.
 
 Every op is one dispatcher op, so that compiled and exported graphs name no backend. The reference implementation stands
-behind all devices; ``_C`` lays itself over it for the CPU when it is imported, Triton for CUDA. Asking for a backend by
-name lays it over both.
+behind all devices; the compiled libraries lay themselves over it when they are imported, ``_C`` for the CPU and
+``_C_cuda`` for CUDA, where Triton takes its place if it cannot run. A Python backend asked for by name covers them all.
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ def _register(library: torch.library.Library, backend: object, key: str) -> None
             library.impl(name, _in_place(backend, name), key)
 
 
-def _why_not_cuda() -> str:
-    return "this version has no CUDA C++ library; on a GPU Triton runs"
-
-
 REASONS: dict[str, Callable[[], str | None]] = {
-    "cuda": _why_not_cuda,
+    "cuda": native.cuda.why_not,
     "triton": triton.why_not,
-    "cpu": native.why_not,
+    "cpu": native.cpu.why_not,
     "reference": lambda: None,
 }
+# Those that run on tensors of every device.
+PYTHON_BACKENDS: dict[str, object] = {"reference": reference, "triton": triton}
+# What may run on a device of a type, the best first.
+PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 def status() -> dict[str, str]:
@@ -87,11 +87,9 @@ def status() -> dict[str, str]:
 
 def current_backend(device: str = "cpu") -> str:
     """Name of the backend that runs ops on tensors of a device type ("cpu" or "cuda")."""
-    if _chosen != "auto":
+    if _chosen in PYTHON_BACKENDS:
         return _chosen
-    if device == "cpu":
-        return "reference" if native.why_not() else "cpu"
-    return "reference" if device != "cuda" or triton.why_not() else "triton"
+    return next(name for name in PREFERRED.get(device, ("reference",)) if REASONS[name]() is None)
 
 
 def _choose(name: str) -> None:
@@ -103,10 +101,10 @@ def _choose(name: str) -> None:
     if _override is not None:
         _override._destroy()
         _override = None
-    if name in ("reference", "triton"):
+    if name in PYTHON_BACKENDS:
         _override = torch.library.Library(schema.NAMESPACE, "IMPL")
         for key in DEVICE_KEYS:
-            _register(_override, reference if name == "reference" else triton, key)
+            _register(_override, PYTHON_BACKENDS[name], key)
     _chosen = name
 
 
@@ -133,6 +131,7 @@ class use_backend(contextlib.ContextDecorator):
 
 
 _define()
-native.load()
-if triton.why_not() is None:
-    _register(_automatic, triton, "CUDA")
+native.cpu.load()
+native.cuda.load()
+if (_best := current_backend("cuda")) in PYTHON_BACKENDS:
+    _register(_automatic, PYTHON_BACKENDS[_best], "CUDA")  # over _C_cuda, which may be loaded, without code for the GPU
