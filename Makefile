@@ -16,7 +16,7 @@ train: setup
 	$(BIN)/fastqat train
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -178,8 +178,9 @@ FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& 
     double ratio = static_cast<double>(passed) / static_cast<double>(ch.scale);
     slope = static_cast<float>((lev - (kFactor ? factor * ratio : ratio)) * grad_scale_divisor(ch));
   } else {
-    slope = __builtin_fmaf(lev, ch.scale, -passed);
-    if (kFactor) slope = slope - (factor - 1.0f) * passed;
+    float used = kFactor ? factor * passed : passed;
+    slope = __builtin_fmaf(lev, ch.scale, -used);
+    if (kFactor) slope = slope - __builtin_fmaf(factor, passed, -used);  // what the product was rounded by
   }
   float dx = inside ? (kFactor ? g * factor : g) : 0.0f;
   if (kFactor) slope = inside ? slope * extras.within : slope;

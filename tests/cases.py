@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -89,6 +90,12 @@ class GridCase(NamedTuple):
     def grid(self) -> tuple:
         """scale, zero_point, offset, qrange, axis, eps."""
         return self[2:]
+
+
+def device_of(backend: str) -> str:
+    """Where a backend runs here: Triton on the CPU too, where it interprets its kernels."""
+    compiles = os.environ.get("TRITON_INTERPRET") == "0"
+    return "cuda" if backend == "cuda" or (backend == "triton" and compiles) else "cpu"
 
 
 def random(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -9,21 +9,26 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first impo
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from cuda_on_host import build, machine
 
 from fastqat.ops import select
 
-settings.register_profile(
-    "fastqat",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[
-        HealthCheck.function_scoped_fixture,
-        HealthCheck.too_slow,
-    ],  # one backend serves all examples
-)
-settings.load_profile("fastqat")
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # a machine that has a GPU need not have it; tests of properties then do not import
+    pass
+else:
+    settings.register_profile(
+        "fastqat",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+        ],  # one backend serves all examples
+    )
+    settings.load_profile("fastqat")
 
 
 def pytest_report_header() -> list[str]:
@@ -34,6 +39,12 @@ def pytest_report_header() -> list[str]:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest):
     """Run the test with the backend named by the parameter; skip with its own reason where it cannot run."""
+    if request.param == machine.NAME:
+        if reason := build.why_not():
+            pytest.skip(f"backend {request.param}: {reason}")
+        with machine.use_cuda_on_host():
+            yield request.param
+        return
     state = select.status()[request.param]
     if state != "available":
         pytest.skip(f"backend {request.param}: {state}")

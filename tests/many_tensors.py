@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastqat.ops import estimators, words
 
-on_backends = pytest.mark.parametrize("backend", ("cpu", "triton", "cuda"), indirect=True)
+on_backends = pytest.mark.parametrize("backend", ("cpu", "cuda-on-host", "triton", "cuda"), indirect=True)
 of_dtypes = pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 of_granularities = pytest.mark.parametrize("granularity", cases.GRANULARITIES)
 GRIDS = {grid.name: grid for bits in range(1, 9) for grid in cases.grids_of(bits)}
@@ -104,11 +104,6 @@ def assert_same(names: tuple[str, ...], got: list[Tensor], want: list[Tensor], l
             where = bad.nonzero()[:5].tolist()
             pairs = [(a[tuple(i)].item(), b[tuple(i)].item()) for i in where]
             raise AssertionError(f"{label}: {name}: {int(bad.sum())} differ, at {where}: got and want {pairs}")
-
-
-def device_of(backend: str) -> str:
-    """Where a backend runs here."""
-    return "cuda" if backend == "cuda" else "cpu"
 
 
 def case_of(shape: tuple[int, ...], axis: int | None, grid: Grid, dtype: torch.dtype, layout: str) -> GridCase:

@@ -27,6 +27,10 @@ BY_ALGORITHM = ("tests/test_multi_tensor.py", "-k", "algorithm or (reference and
 CPU_TRACKING = ("tests/test_multi_tensor.py", "-k", "cpu")
 CPU_ESTIMATORS = ("tests/test_multi_tensor_gradients.py", "-k", "cpu")
 TRITON_VALUES = ("tests/test_conformance.py", "-k", "triton and fake_quantize and (critical or shapes) and float32")
+CUDA_REDUCE, TRAVERSE = "csrc/cuda/reduce.cuh", "csrc/cuda/traverse.cuh"
+CUDA_VALUES = ("tests/test_conformance.py", "-k", "host and fake_quantize and (critical or shapes) and float32")
+CUDA_ORDERS = ("tests/test_cuda_on_host.py", "-k", "every_order and backward")
+CUDA_TRACKING = ("tests/test_cuda_on_host.py", "-k", "many_weights")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Plant:
     name: str
     replacements: tuple[tuple[str, str, str], ...]
     tests: tuple[str, ...]
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether it is in the C++ library. CUDA's kernels are built for the CPU by the tests that run them there."""
+        return any(file.startswith("csrc") and not file.startswith("csrc/cuda") for file, _, _ in self.replacements)
 
 
 def plant(name: str, tests: tuple[str, ...], *replacements: tuple[str, str, str]) -> Plant:
@@ -162,12 +171,46 @@ PLANTS = (
         TRITON_VALUES,
         (TRITON, "(tested >= ch.low) & (tested <= ch.high)", "(tested >= ch.low) & (tested <= ch.high - 1.0)"),
     ),
+    plant(
+        "cuda: no barrier before the sums of warps are read",
+        CUDA_ORDERS,
+        (CUDA_REDUCE, "= sums;\n  __syncthreads();\n  if (threadIdx.x == 0)", "= sums;\n  if (threadIdx.x == 0)"),
+    ),
+    plant(
+        "cuda: no barrier before a block says that it is done",
+        CUDA_ORDERS,
+        (CUDA_REDUCE, "  __threadfence();\n  __syncthreads();\n", "  __threadfence();\n"),
+    ),
+    plant(
+        "cuda: no barrier before the weights that have changed are visited",
+        CUDA_TRACKING,
+        (
+            "csrc/cuda/tracking.cu",
+            "    __syncthreads();\n    for (unsigned int k = threadIdx.x; k < visits.count",
+            "    for (unsigned int k = threadIdx.x; k < visits.count",
+        ),
+    ),
+    plant(
+        "cuda: last element of a tail",
+        CUDA_VALUES,
+        (TRAVERSE, "k < mine.count; k += mine.lanes", "k < mine.count - 1; k += mine.lanes"),
+    ),
+    plant(
+        "cuda: a vector that begins one element before its tail",
+        CUDA_VALUES,
+        (TRAVERSE, "(size - before) / vector * vector", "(size - before + 1) / vector * vector"),
+    ),
+    plant(
+        "cuda: shuffles of half the width",
+        CUDA_VALUES,
+        (CUDA_REDUCE, "distance, lanes)", "distance, lanes / 2)"),
+    ),
 )
 
 
 def run(tree: Path, *command: str) -> tuple[int, str]:
     """Run Python in the copy, which shadows any installed package; exit status and output."""
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    environment = {**os.environ, "PYTHONPATH": str(tree), "FASTQAT_CUDA_ARCHS": "none"}  # builds no _C_cuda
     done = subprocess.run([sys.executable, *command], cwd=tree, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -195,10 +238,10 @@ def turns_red(clean: Path, bug: Plant) -> tuple[bool, str]:
     """Plant a bug in a copy of the clean copy, and test."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        shutil.copytree(clean, tree, ignore=shutil.ignore_patterns("__pycache__", "build"))
+        shutil.copytree(clean, tree, ignore=shutil.ignore_patterns("__pycache__"))
         for file, old, new in bug.replacements:
             (tree / file).write_text((tree / file).read_text().replace(old, new))
-        if any(file.startswith("csrc") for file, _, _ in bug.replacements):
+        if bug.rebuilds:
             build(tree)
         green, line = test(tree, bug.tests)
     return not green, line
@@ -219,7 +262,8 @@ def main() -> int:
                 shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "build"))
             elif source.exists():
                 shutil.copy2(source, tree / name)
-        build(tree)
+        if any(bug.rebuilds for bug in bugs):
+            build(tree)
         where = run(tree, "-c", "import fastqat; print(fastqat.__file__)")[1].strip()
         if not where.startswith(str(tree)):
             sys.exit(f"the tests would import {where}, not the copy")

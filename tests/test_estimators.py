@@ -16,7 +16,7 @@ import fastqat
 from fastqat import FakeQuant, QConfig, QSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-on_backends = pytest.mark.parametrize("backend", ("reference", "cpu", "triton"), indirect=True)
+on_backends = pytest.mark.parametrize("backend", ("reference", "cpu", "cuda-on-host", "triton"), indirect=True)
 F64 = np.float64
 
 

@@ -12,13 +12,12 @@ import cases
 import numpy as np
 import pytest
 import torch
-from cases import GridCase
+from cases import GridCase, device_of
 from many_tensors import (
     LEARNINGS,
     STATE,
     Weight,
     assert_same,
-    device_of,
     differentiate,
     move,
     of_dtypes,
@@ -167,7 +166,7 @@ def test_agrees_with_algorithm_1() -> None:
     assert 500 < int(eager.F.sum()) < 3900 and eager.oscillations > 100_000
 
 
-@pytest.mark.parametrize("backend", ("reference", "cpu", "triton", "cuda"), indirect=True)
+@pytest.mark.parametrize("backend", ("reference", "cpu", "cuda-on-host", "triton", "cuda"), indirect=True)
 def test_trace(backend: str) -> None:
     """Two weights by hand: m = .1, threshold .25."""
     codes = ((0, 0), (1, 0), (0, 1), (1, 2), (0, 1), (1, 2), (1, 1), (1, 2))
@@ -178,7 +177,7 @@ def test_trace(backend: str) -> None:
     play(backend, codes, out, f, frozen, 0.25, averages=e)
 
 
-@pytest.mark.parametrize("backend", ("reference", "cpu", "triton", "cuda"), indirect=True)
+@pytest.mark.parametrize("backend", ("reference", "cpu", "cuda-on-host", "triton", "cuda"), indirect=True)
 def test_trace_with_a_jump(backend: str) -> None:
     """Frozen at 0 while at 1: the jump there in the next step is a change, and an oscillation (by hand)."""
     codes = ((0, 1), (1, 1), (0, 1), (1, 1), (1, 1), (1, 2))

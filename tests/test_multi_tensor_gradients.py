@@ -9,13 +9,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import GridCase
+from cases import GridCase, device_of
 from many_tensors import (
     LEARNINGS,
     Learning,
     Weight,
     assert_same,
-    device_of,
     differentiate,
     move,
     of_dtypes,
@@ -126,6 +125,18 @@ def test_gradients_of_tiny_weights(backend: str) -> None:
     assert (got[0].cpu().double() - 7e8 * x.double().abs()).abs().max() < 1e-6 * 7e8 * 1e-30
     (want,) = differentiate(multi_tensor.multi_tensor_fake_quantize_backward, [weight], [g], [learning], 0)
     assert_same(("dx",), got[:1], want[:1], "tiny")
+
+
+@on_backends
+def test_scale_gradient_of_one_weight_of_small_slope(backend: str) -> None:
+    """ds = -E * x / s in the bin of 0, where x / s itself must not be subtracted and added again: E = 0.001 here."""
+    x, qrange = torch.tensor([0.25]), torch.tensor([-4, 3], dtype=torch.int32)
+    weight = Weight(GridCase("small slope", x, torch.tensor([1.0]), None, None, qrange, None, 0.0))
+    op, g = torch.ops.fastqat.multi_tensor_fake_quantize_backward, torch.ones(1)
+    learning = Learning(estimators.PSG, 0.004)
+    assert learning.learned and not learning.lsq
+    (got,) = differentiate(op, [weight.twin(device_of(backend))], [g.to(device_of(backend))], [learning], 0)
+    assert float(got[1]) == pytest.approx(-0.001 * 0.25, rel=1e-6)
 
 
 @on_backends

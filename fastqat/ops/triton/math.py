@@ -202,11 +202,15 @@ def fake_quantize_backward(
     valid = tl.where(r == r, g, 0.0)
     passed = tl.where(inside, t, 0.0)
     unit = 1.0 if FAST else _gradient_unit(ch)
-    slope = tl.fma(lev, ch.scale * unit, -(passed * unit))
     dx = g
+    used = passed * unit
     if extras.factor is not None:
-        slope -= tl.where(inside, extras.factor - 1.0, 0.0) * (passed * unit)
+        factor = tl.where(inside, extras.factor, 1.0)  # outside it may be NaN
+        used = factor * (passed * unit)
         dx = g * extras.factor
+    slope = tl.fma(lev, ch.scale * unit, -used)
+    if extras.factor is not None:
+        slope -= tl.fma(factor, passed * unit, -used)  # what the product was rounded by
     if not WITHIN:
         slope = tl.where(inside, 0.0, slope)
     dx = tl.where(inside, dx, 0.0)
