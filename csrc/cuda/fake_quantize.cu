@@ -8,8 +8,7 @@ namespace fastqat::cuda {
 namespace {
 
 template <class X, class Y>
-struct Plain {
-  using Sums = NoSums;
+struct Plain : Elementwise {
   static constexpr int kVector = kVectorOf<X, Y>, kAtOnce = 16;
   template <int n>
   using Operands = typename Array<X>::template Raw<n>;
@@ -20,9 +19,6 @@ struct Plain {
 
   __device__ explicit Plain(const Forward& e) : entry(e) {}
   __device__ __forceinline__ Channel channel(int64_t c) const { return channel_of(entry.grid, c); }
-  __device__ __forceinline__ void finish(int64_t, const Sums&) const {}
-  __device__ __forceinline__ void begin(int64_t) const {}
-  __device__ __forceinline__ void end() const {}
 
   __device__ __forceinline__ void place(int64_t base) {
     x = array<X>(entry.x, entry.x_dtype, base);
@@ -70,13 +66,9 @@ void start(const Forward* entries, int count, void* stream) {
 
 void fake_quantize(const Forward* entries, int count, void* stream) {
   if (!count) return;
-  const Dtype x = entries[0].x_dtype, y = entries[0].y_dtype;
-  auto start_of = x == Dtype::bfloat16   ? start<BFloat16, BFloat16>
-                  : x == Dtype::float16  ? start<Float16, Float16>
-                  : y == Dtype::float32  ? start<float, float>
-                  : y == Dtype::bfloat16 ? start<float, BFloat16>
-                                         : start<float, Float16>;
-  start_of(entries, count, stream);
+  with_dtypes(entries[0].x_dtype, entries[0].y_dtype, [&](auto x, auto y) {
+    start<typename decltype(x)::type, typename decltype(y)::type>(entries, count, stream);
+  });
 }
 
 }  // namespace fastqat::cuda

@@ -160,13 +160,9 @@ void fake_quantize_backward(const Backward* entries, int count, void* stream) {
   Kind kind = Kind::plain;
   for (int i = 0; i < count; ++i) kind = std::max(kind, kind_of(entries[i]));
   if (kind == Kind::stochastic) return start<Any, Any, Kind::stochastic, kMost>(entries, count, stream);
-  const Dtype x = entries[0].x_dtype, g = entries[0].g_dtype;
-  auto start_of = x == Dtype::bfloat16   ? start_kind<BFloat16, BFloat16>
-                  : x == Dtype::float16  ? start_kind<Float16, Float16>
-                  : g == Dtype::float32  ? start_kind<float, float>
-                  : g == Dtype::bfloat16 ? start_kind<float, BFloat16>
-                                         : start_kind<float, Float16>;
-  start_of(entries, count, kind, stream);
+  with_dtypes(entries[0].x_dtype, entries[0].g_dtype, [&](auto x, auto g) {
+    start_kind<typename decltype(x)::type, typename decltype(g)::type>(entries, count, kind, stream);
+  });
 }
 
 }  // namespace fastqat::cuda

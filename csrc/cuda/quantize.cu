@@ -21,8 +21,7 @@ namespace {
 
 // What both directions share. X, Code: Byte with a vector, or Any and int32_t with an element at a time.
 template <class X, class Code>
-struct Codes {
-  using Sums = NoSums;
+struct Codes : Elementwise {
   static constexpr int kVector = sizeof(Code) == 1 ? kVectorOf<X, Code> : 1, kAtOnce = 16;
 
   const Coded& entry;
@@ -32,9 +31,6 @@ struct Codes {
 
   __device__ explicit Codes(const Coded& e) : entry(e), qmin(static_cast<float>(e.grid.qrange[0])) {}
   __device__ __forceinline__ Channel channel(int64_t c) const { return channel_of(entry.grid, c); }
-  __device__ __forceinline__ void finish(int64_t, const Sums&) const {}
-  __device__ __forceinline__ void begin(int64_t) const {}
-  __device__ __forceinline__ void end() const {}
 
   __device__ __forceinline__ void place(int64_t base) {
     x = array<X>(entry.x, entry.x_dtype, base);

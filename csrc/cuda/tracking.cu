@@ -22,8 +22,7 @@ struct Events {
 
 // A tensor whose weights are tracked, or rounded stochastically (kNoise). entry.clock: null where it is not tracked
 template <class X, class Y, bool kNoise>
-struct Tracking {
-  using Sums = NoSums;
+struct Tracking : Elementwise {
   static constexpr int kVector = kNoise ? 1 : kVectorOf<X, Y>, kAtOnce = sizeof(X) == 2 ? 16 : 8;
   template <int n>
   struct Operands {
@@ -47,7 +46,6 @@ struct Tracking {
     none = !tracks || !(at.acts || at.first);
   }
   __device__ __forceinline__ Channel channel(int64_t c) const { return channel_of(entry.grid, c); }
-  __device__ __forceinline__ void finish(int64_t, const Sums&) const {}
 
   __device__ __forceinline__ void begin(int64_t origin_) {
     origin = origin_;
@@ -201,14 +199,10 @@ void fake_quantize_tracking(const Forward* entries, int count, void* stream) {
   if (!count) return;
   bool noise = false;
   for (int i = 0; i < count; ++i) noise = noise || entries[i].noise.tensor_id >= 0;
-  const Dtype x = entries[0].x_dtype, y = entries[0].y_dtype;
-  auto start_of = noise                  ? start<Any, Any, true>
-                  : x == Dtype::bfloat16 ? start<BFloat16, BFloat16, false>
-                  : x == Dtype::float16  ? start<Float16, Float16, false>
-                  : y == Dtype::float32  ? start<float, float, false>
-                  : y == Dtype::bfloat16 ? start<float, BFloat16, false>
-                                         : start<float, Float16, false>;
-  start_of(entries, count, stream);
+  if (noise) return start<Any, Any, true>(entries, count, stream);
+  with_dtypes(entries[0].x_dtype, entries[0].y_dtype, [&](auto x, auto y) {
+    start<typename decltype(x)::type, typename decltype(y)::type, false>(entries, count, stream);
+  });
 }
 
 }  // namespace fastqat::cuda

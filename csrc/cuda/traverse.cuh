@@ -17,6 +17,14 @@
 
 namespace fastqat::cuda {
 
+// What a Body has that reduces nothing, and does nothing for a piece as a whole.
+struct Elementwise {
+  using Sums = NoSums;
+  __device__ __forceinline__ void begin(int64_t) const {}
+  __device__ __forceinline__ void end() const {}
+  __device__ __forceinline__ void finish(int64_t, const NoSums&) const {}
+};
+
 // Elements of one channel for one thread: whole vectors, of which it takes every `stride` elements one from `first` to
 // `last`, and `count` others, every `lanes`-th from its own on: `before` neighbours at 0, the rest `step` apart from
 // `rest` on. All are counted from `base`.

@@ -110,4 +110,19 @@ __device__ __forceinline__ Array<Any> array<Any>(const void* data, Dtype dtype, 
   return {static_cast<unsigned char*>(const_cast<void*>(data)) + base * size, dtype};
 }
 
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// f(Type<X>, Type<Other>) for the types of x and of what is read or written with it; see the functions of kernels.h.
+template <class F>
+void with_dtypes(Dtype x, Dtype other, const F& f) {
+  if (x == Dtype::bfloat16) return f(Type<BFloat16>(), Type<BFloat16>());
+  if (x == Dtype::float16) return f(Type<Float16>(), Type<Float16>());
+  if (other == Dtype::bfloat16) return f(Type<float>(), Type<BFloat16>());
+  if (other == Dtype::float16) return f(Type<float>(), Type<Float16>());
+  f(Type<float>(), Type<float>());
+}
+
 }  // namespace fastqat::cuda
