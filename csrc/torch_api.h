@@ -99,12 +99,15 @@ struct FloatVector {
 inline OptionalTensor unless_empty(const Tensor& t) { return t.numel() ? OptionalTensor(t) : std::nullopt; }
 inline std::optional<int64_t> axis_of(int64_t axis) { return axis < 0 ? std::nullopt : std::optional<int64_t>(axis); }
 
-// A result in the layout of x: the tensor itself, or a temporary that deliver() copies into it.
+// A result in the layout of x: the tensor itself, or a temporary that deliver() copies into it. dtype: computed in, if
+// it is another than that of the tensor.
 struct Result {
   Tensor wanted, own;
 
-  Result(const Tensor& wanted_, const Tensor& x)
-      : wanted(wanted_), own(same_strides(wanted_, x) ? wanted_ : empty_like(x, wanted_.scalar_type())) {}
+  Result(const Tensor& wanted_, const Tensor& x) : Result(wanted_, x, wanted_.scalar_type()) {}
+  Result(const Tensor& wanted_, const Tensor& x, ScalarType dtype)
+      : wanted(wanted_),
+        own(wanted_.scalar_type() == dtype && same_strides(wanted_, x) ? wanted_ : empty_like(x, dtype)) {}
 
   bool is_copy() const { return wanted.data_ptr() != own.data_ptr(); }
   void deliver() {

@@ -15,12 +15,11 @@ class Job {
         x_(of_dtype(noise.tensor_id < 0 ? dense(x) : torch::stable::contiguous(x),  // the order of random numbers
                     computed_dtype(x, g.scalar_type()))),
         g_(with_strides_of(x_, g)),
-        own_dx_(x_.scalar_type() == dx.scalar_type() && same_strides(dx, x_) ? dx : empty_like(x_, x_.scalar_type())),
-        dx_(dx) {
+        dx_(dx, x_, x_.scalar_type()) {
     entry_ = {};
     entry_.g = g_.data_ptr();
     entry_.x = x_.data_ptr();
-    entry_.dx = own_dx_.data_ptr();
+    entry_.dx = dx_.own.data_ptr();
     entry_.grid = grid_.pointers();
     entry_.noise = noise;
     entry_.x_dtype = dtype_of(x_);
@@ -51,19 +50,18 @@ class Job {
   int64_t sums() const { return entry_.cut.parts > 1 ? 2 * entry_.cut.pieces() * entry_.cut.width : 0; }
   int64_t counters() const { return entry_.cut.parts > 1 ? entry_.cut.groups : 0; }
 
-  void deliver() {
-    if (own_dx_.data_ptr() != dx_.data_ptr()) torch::stable::copy_(dx_, own_dx_);
-  }
+  void deliver() { dx_.deliver(); }
 
  private:
   void cut(bool vectors) {
     entry_.cut = make_cut(layout_of(x_, axis_), vector_of(entry_.x_dtype, entry_.g_dtype),
-                          vectors && is_aligned(x_) && is_aligned(g_) && is_aligned(own_dx_));
+                          vectors && is_aligned(x_) && is_aligned(g_) && is_aligned(dx_.own));
   }
 
   DeviceGrid grid_;
   std::optional<int64_t> axis_;
-  Tensor x_, g_, own_dx_, dx_;
+  Tensor x_, g_;
+  Result dx_;
   OptionalTensor words_;
   Backward entry_;
 };
