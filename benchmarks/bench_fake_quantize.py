@@ -73,7 +73,7 @@ def bench_kernels(benchmark, places, place):
         "add": (lambda x, g, y: torch.add(g, x, out=y), 12),
         "forward_out": (lambda x, g, y: quantize(x, scale, out=y), 8),
         "forward": (lambda x, g, y: quantize(x, scale), 8),
-        "backward": (lambda x, g, y: backward(g, x, *grid, True, False, y, *sums), 12),
+        "backward": (lambda x, g, y: backward(g, x, *grid, True, False, 0.0, y, *sums), 12),
     }
     named = {f"{name}[{place}]": (tensors.rounds(f), moved * NUMEL) for name, (f, moved) in contenders.items()}
     take_turns(benchmark, named, rounds=1000)

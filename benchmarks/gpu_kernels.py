@@ -61,7 +61,7 @@ class Tensors:
         """Gradients of x and of the scale."""
         grid, op = self._grid(per_tensor), torch.ops.fastqat.fake_quantize_backward_out
         sums = torch.empty_like(grid[0]), self.none
-        return rounds_of(lambda x, g, y: op(g, x, *grid, True, False, y, *sums), self.sets)
+        return rounds_of(lambda x, g, y: op(g, x, *grid, True, False, 0.0, y, *sums), self.sets)
 
     def _grid(self, per_tensor: bool) -> tuple:
         scale = self.scale[:1].clone() if per_tensor else self.scale

@@ -42,6 +42,12 @@ FASTQAT_INLINE float clamp(float v, float low, float high) {
   return v > high ? high : v;
 }
 
+// x as a ReLU (clip: inf) or a ReLU6 (clip: 6) leaves it. NaN stays NaN.
+FASTQAT_INLINE float clipped(float x, float clip) { return clamp(x, 0.0f, clip); }
+
+// Where its derivative is 1.
+FASTQAT_INLINE bool passes_clip(float x, float clip) { return (x > 0.0f) & (x < clip); }
+
 FASTQAT_INLINE bool is_fast_scale(float scale) { return scale >= kSmallestFastScale && scale <= kLargestFastScale; }
 
 // has_zero_point: the zero point rounds into [qmin, qmax]. Without one z = 0, whether or not it is a code, and o may

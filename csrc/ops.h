@@ -12,7 +12,7 @@ namespace fastqat::FASTQAT_BACKEND {
 
 void fake_quantize_out(Tensor x, FASTQAT_GRID, std::optional<ScalarType> out_dtype, Tensor y);
 
-void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, Tensor dx,
+void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, double clip, Tensor dx,
                                 Tensor dscale, Tensor dshift);
 
 void fake_quantize_backward_input_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, Tensor dx);

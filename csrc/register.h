@@ -15,12 +15,13 @@ Tensor fake_quantize(Tensor x, FASTQAT_GRID, std::optional<ScalarType> out_dtype
   return y;
 }
 
-Tensors3 fake_quantize_backward(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale) {
+Tensors3 fake_quantize_backward(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale,
+                                double clip) {
   x = dense(x);
   Tensor dx = empty_like(x, x.scalar_type());
   Tensor dscale = empty({scale.numel()}, ScalarType::Float, x);
   Tensor dshift = empty({zero_point || offset ? scale.numel() : 0}, ScalarType::Float, x);
-  fake_quantize_backward_out(g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale, dx,
+  fake_quantize_backward_out(g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale, clip, dx,
                              dscale, dshift);
   return {dx, dscale, dshift};
 }

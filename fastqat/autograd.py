@@ -131,7 +131,7 @@ class _FakeQuantizeBackward(torch.autograd.Function):
                 None,
                 None,
             )
-        dx, dscale, dshift = _ops.fake_quantize_backward(g_rows, rows, *grid, rounded, lsq)
+        dx, dscale, dshift = _ops.fake_quantize_backward(g_rows, rows, *grid, rounded, lsq, 0.0)
         if factor is not None:
             dscale, dshift = dscale * factor, dshift * factor
         has_shift = zero_point is not None or offset is not None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastqat import functional
 from fastqat.ops import checks
+from fastqat.ops.grids import filled, grid_from_range, moving_average
 
 CANDIDATES = 100  # ranges tried by the search on a symmetric grid: max|x| * k / 100
 CANDIDATES_PER_SIDE = 16  # on an affine grid: lower bounds times upper bounds
@@ -27,43 +28,6 @@ class GridSpec:
     qmin: int
     qmax: int
     symmetric: bool
-
-
-def grid_from_range(
-    low: Tensor, high: Tensor, qmin: Tensor | int, qmax: Tensor | int, symmetric: bool
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the grid that covers [low, high] and holds 0 exactly.
-
-    symmetric:  s = max(|low|, |high|) / qmax  (|high| alone for unsigned codes),  z = 0
-    affine:     s = (high - low) / (qmax - qmin),  z = qmin - low / s, unrounded
-
-    A range without extent (all zeros, or no finite value) takes the largest scale of the others, or 1.
-
-    Args:
-        low, high: float32, any shape; widened to hold 0.
-        qmin, qmax: lowest and highest code, ints or 0-dim tensors on the device of low.
-        symmetric: no zero point.
-
-    Returns:
-        scale and zero_point, float32, like low.
-    """
-    low = torch.where(low.isfinite(), low, 0.0).clamp(max=0)
-    high = torch.where(high.isfinite(), high, 0.0).clamp(min=0)
-    qmin, qmax = (torch.as_tensor(q, dtype=torch.float32, device=low.device) for q in (qmin, qmax))
-    if symmetric:
-        extent = torch.where(qmin < 0, torch.maximum(-low, high), high)
-        scale = extent / torch.where(qmax > 0, qmax, 1.0)  # signed codes of 1 bit are -1 and 0
-    else:
-        scale = (high - low) / (qmax - qmin)
-    scale = _filled(scale)
-    zero_point = torch.zeros_like(scale) if symmetric else (qmin - low / scale)
-    return scale, zero_point
-
-
-def _filled(scale: Tensor) -> Tensor:
-    """Scales with the largest of them, or 1, in the place of those that are 0."""
-    largest = scale.amax()
-    return torch.where(scale > 0, scale, torch.where(largest > 0, largest, 1.0))
 
 
 class MinMax:
@@ -92,12 +56,6 @@ class MinMax:
         """Scale and zero point, float32 of the shape of a scale."""
         assert self.low is not None and self.high is not None, "observe() comes first"
         return grid_from_range(self.low, self.high, self.spec.qmin, self.spec.qmax, self.spec.symmetric)
-
-
-def moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
-    """momentum * old + (1 - momentum) * new; a bound that is not finite comes from no data and does not count."""
-    average = torch.where(old.isfinite(), momentum * old + (1 - momentum) * new, new)
-    return torch.where(new.isfinite(), average, old)
 
 
 class RunningMinMax(MinMax):
@@ -186,7 +144,7 @@ class MeanSquaredError:
         best = self.errors.argmin(0, keepdim=True)
         blind = (self.errors == 0).all(0)  # no data but zeros: every candidate is as good
         scale = torch.where(blind, 0.0, self.scales.gather(0, best)[0])
-        return _filled(scale), self.zero_points.gather(0, best)[0]
+        return filled(scale), self.zero_points.gather(0, best)[0]
 
 
 Estimator = MinMax | MeanSquaredError

@@ -72,6 +72,7 @@ CLAMPED_SCALES = (0.05, 1e-3, 9.9e-4, 0.0, -0.5, 1e-39, float("nan"), 0.77)
 CALM_SCALES = (0.0371, 0.25, 1.7, 3.3e-3, 11.1)
 SCALE_SETS = ((FREE_SCALES, 0.0), (CLAMPED_SCALES, 1e-3), (CALM_SCALES, 1e-6))
 CALM = 2
+CLIPS = (0.0, 0.0, float("inf"), 0.8)  # none, a ReLU, and one that cuts off what other grids hold
 
 
 class GridCase(NamedTuple):
@@ -278,7 +279,7 @@ def grid_call(op: str, case: GridCase, number: int) -> Call:
     if op == "fake_quantize":
         return Call(case.label, (x, *case.grid, (None, *DTYPES)[number % 4]))
     if op == "fake_quantize_backward":
-        return Call(case.label, (incoming(case, number), x, *case.grid, flag, lsq))
+        return Call(case.label, (incoming(case, number), x, *case.grid, flag, lsq, CLIPS[number // 2 % 4]))
     if op == "fake_quantize_backward_input":
         return Call(case.label, (incoming(case, number), x, *case.grid, flag))
     if op == "quantize":

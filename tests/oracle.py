@@ -119,9 +119,15 @@ def fake_quantize_backward_input(g, x, scale, zero_point, offset, qrange, axis, 
         return (rounded_to(dx, x.dtype),)
 
 
-def fake_quantize_backward(g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale):
-    dx = fake_quantize_backward_input(g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask)[0]
+def fake_quantize_backward(g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale, clip):
     with np.errstate(all="ignore"):
+        dtype, passes = x.dtype, np.ones(x.shape, bool)
+        if clip:
+            wide = as_float32(x)
+            passes = np.asarray((wide > 0) & (wide < F32(clip)))
+            x = torch.from_numpy(np.asarray(np.clip(wide, F32(0), F32(clip))))
+        dx = fake_quantize_backward_input(g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask)[0]
+        dx = torch.where(torch.from_numpy(passes), dx, 0.0).to(dtype)
         grid = Grid(x, scale, zero_point, offset, qrange, axis, eps)
         inside, nan = mask(grid, x, rounded_mask), np.isnan(as_float32(x))
         wide = as_float32(g).astype(F64)

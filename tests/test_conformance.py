@@ -143,7 +143,7 @@ def large_call(op: str, shape: tuple[int, ...], axis: int | None) -> Call:
     grid = (scale, zero, None, qrange, axis, 1e-6)
     tails = {"fake_quantize": (None,), "quantize": (torch.uint8,), "fake_quantize_backward_input": (True,)}
     if op == "fake_quantize_backward":
-        return Call(f"{shape}", (g, x, *grid, True, True))
+        return Call(f"{shape}", (g, x, *grid, True, True, 6.0))
     if op == "minmax":
         return Call(f"{shape}", (x, axis))
     if op == "range_search":
@@ -219,7 +219,8 @@ def test_the_two_masks(backend: str) -> None:
         dx = torch.ops.fastqat.fake_quantize_backward_input(torch.ones_like(x), x, *grid, rounded)
         assert dx.tolist() == mask
         assert (
-            torch.ops.fastqat.fake_quantize_backward(torch.ones_like(x), x, *grid, rounded, False)[0].tolist() == mask
+            torch.ops.fastqat.fake_quantize_backward(torch.ones_like(x), x, *grid, rounded, False, 0.0)[0].tolist()
+            == mask
         )
 
 
@@ -232,7 +233,7 @@ def test_nan_touches_nothing(backend: str) -> None:
     assert torch.ops.fastqat.quantize(x, *grid, torch.uint8).tolist() == [5, 4, 15, 4, 0, 4]
     g = torch.tensor([1.0, 7.0, 1.0, inf, 1.0, nan], device=x.device)
     for rounded in (True, False):
-        dx, dscale, dshift = torch.ops.fastqat.fake_quantize_backward(g, x, *grid, rounded, False)
+        dx, dscale, dshift = torch.ops.fastqat.fake_quantize_backward(g, x, *grid, rounded, False, 0.0)
         assert dx.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
         assert abs(dscale.item() - (1 - 0.3 / 0.25 + 11 - 4)) < 1e-5
         assert dshift.tolist() == [-0.5]
@@ -245,7 +246,7 @@ def test_masked_gradient_is_zero_even_where_g_is_not_finite(backend: str) -> Non
     g = torch.tensor([torch.inf, torch.nan, -torch.inf, torch.nan, torch.inf, torch.nan], device=x.device)
     for dx in (
         torch.ops.fastqat.fake_quantize_backward_input(g, x, *grid, True),
-        torch.ops.fastqat.fake_quantize_backward(g, x, *grid, True, False)[0],
+        torch.ops.fastqat.fake_quantize_backward(g, x, *grid, True, False, 0.0)[0],
     ):
         assert dx[:5].tolist() == [0.0, 0.0, 0.0, 0.0, torch.inf] and dx[5].isnan()
 
@@ -258,7 +259,7 @@ def test_one_wild_channel_leaves_the_others_alone(backend: str) -> None:
     scale, qrange = torch.full((6,), 0.3), torch.tensor([-4, 3], dtype=torch.int32)
     for axis in (0, 1):
         args = [t if axis == 0 else t.t().contiguous() for t in (g, x)]
-        call = (*args, scale, torch.full((6,), 1.0), None, qrange, axis, 0.0, True, False)
+        call = (*args, scale, torch.full((6,), 1.0), None, qrange, axis, 0.0, True, False, 0.0)
         there = (moved(a, device_of(backend)) for a in call)
         results = [r.cpu() for r in torch.ops.fastqat.fake_quantize_backward(*there)]
         wants = oracle.fake_quantize_backward(*call)

@@ -84,8 +84,8 @@ def test_values_are_those_of_the_cpu(
     grid, ops = grid_of(scale, qrange, axis), torch.ops.fastqat
     with running(backend):
         y, codes = ops.fake_quantize(x, *grid, None), ops.quantize(x, *grid, torch.int8)
-        dx, dscale, _ = ops.fake_quantize_backward(g, x, *grid, True, False)
-        again = ops.fake_quantize_backward(g, x, *grid, True, False)[1]
+        dx, dscale, _ = ops.fake_quantize_backward(g, x, *grid, True, False, 0.0)
+        again = ops.fake_quantize_backward(g, x, *grid, True, False, 0.0)[1]
     assert same_bits(y, want.y) and same_bits(codes, want.codes) and same_bits(dx, want.dx)
     x.nan_to_num_(0.0, 0.0, 0.0)  # their terms: none for NaN, g * qmax and g * qmin for the infinite ones
     total, bound = law_of_dscale(g, x, scale, axis, QMIN, QMAX)
@@ -142,7 +142,7 @@ def check_backend_beyond(axis: int | None) -> None:
     y = ops.fake_quantize(x, *grid, None)
     compare(y, lambda piece, one: ops.fake_quantize(x[piece], *one, None), grid)
     del y
-    dx, dscale, _ = ops.fake_quantize_backward(g, x, *grid, True, False)
+    dx, dscale, _ = ops.fake_quantize_backward(g, x, *grid, True, False, 0.0)
     compare(dx, lambda piece, one: ops.fake_quantize_backward_input(g[piece], x[piece], *one, True), grid)
     del dx
     sums = [

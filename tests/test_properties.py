@@ -170,13 +170,13 @@ def test_a_channel_is_a_tensor_of_its_own(backend: str, data: st.DataObject) -> 
     g = torch.linspace(-1, 1, channels * width).view(channels, width)
     g_turned = g if axis == 0 else g.t().contiguous()
     y, codes = ops.fake_quantize(turned, *wide, None), ops.quantize(turned, *wide, torch.int32)
-    dx, ds, dshift = ops.fake_quantize_backward(g_turned, turned, *wide, True, True)
+    dx, ds, dshift = ops.fake_quantize_backward(g_turned, turned, *wide, True, True, 0.0)
     low, high = ops.minmax(turned, axis)
     for c in range(channels):
         one = Grid(*(t[c : c + 1] if isinstance(t, Tensor) else t for t in grid[:3]), grid.qrange, None, 0.0)
         assert same(y.select(axis, c), ops.fake_quantize(x[c], *one, None))
         assert same(codes.select(axis, c), ops.quantize(x[c], *one, torch.int32))
-        want = ops.fake_quantize_backward(g[c], x[c], *one, True, True)
+        want = ops.fake_quantize_backward(g[c], x[c], *one, True, True, 0.0)
         assert same(dx.select(axis, c), want[0])
         for got, alone in zip((ds, dshift), want[1:], strict=True):
             bound = 4e-6 * g[c].abs().sum() * 300 * max(1.0, one.scale.item())
@@ -195,7 +195,7 @@ def test_dx_is_linear_in_g(backend: str, quantizer: tuple[Tensor, Grid], rounded
         return ops.fake_quantize_backward_input(v, x, *grid, rounded)
 
     assert same(dx(2 * g - 3 * h), 2 * dx(g) - 3 * dx(h))
-    assert same(ops.fake_quantize_backward(g, x, *grid, rounded, False)[0], dx(g))
+    assert same(ops.fake_quantize_backward(g, x, *grid, rounded, False, 0.0)[0], dx(g))
 
 
 @on_backends

@@ -80,7 +80,7 @@ SIGNED3 = (torch.tensor([0.25]), None, None, torch.tensor([-4, 3], dtype=torch.i
 def slopes(x: torch.Tensor, grid: tuple, rounded: bool) -> list[tuple[float, float, float]]:
     """dx, dscale, dshift of each element alone, for g = 1."""
     one = torch.ones(1)
-    rows = [run("fake_quantize_backward", (one, v.view(1), *grid, rounded, False)) for v in x]
+    rows = [run("fake_quantize_backward", (one, v.view(1), *grid, rounded, False, 0.0)) for v in x]
     return [tuple(r.item() if r.numel() else 0.0 for r in row) for row in rows]
 
 
@@ -113,7 +113,7 @@ def test_lsq_grad_scale_counts_per_channel() -> None:
     x, g = cases.random((6, 35), 1), cases.random((6, 35), 2)
     for qmin, qmax, factor in ((-4, 3, (35 * 3) ** -0.5), (-1, 0, 35**-0.5)):
         grid = (torch.full((6,), 0.4), torch.zeros(6), None, torch.tensor([qmin, qmax], dtype=torch.int32), 0, 0.0)
-        plain, scaled = (run("fake_quantize_backward", (g, x, *grid, True, flag)) for flag in (False, True))
+        plain, scaled = (run("fake_quantize_backward", (g, x, *grid, True, flag, 0.0)) for flag in (False, True))
         assert torch.equal(plain[0], scaled[0])
         for a, b in zip(plain[1:], scaled[1:], strict=True):
             torch.testing.assert_close(b, a * factor, rtol=3e-7, atol=0)
@@ -211,7 +211,7 @@ def test_float64_autograd_gives_the_same_gradients(axis: int | None, kind: str) 
     y = wide_s * (code - z) + (0 if offset is None else wide_o)
     y.backward(g.double())
     grid = (scale, zero, offset, torch.tensor([0, 15], dtype=torch.int32), axis, 0.0)
-    dx, dscale, dshift = run("fake_quantize_backward", (g, x, *grid, True, False))
+    dx, dscale, dshift = run("fake_quantize_backward", (g, x, *grid, True, False, 0.0))
     assert torch.equal(dx.double(), v.grad)
     torch.testing.assert_close(dscale.double(), s.grad, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dshift.double(), o.grad, rtol=1e-5, atol=1e-5)

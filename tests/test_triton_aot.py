@@ -71,7 +71,7 @@ def calls() -> dict[str, Callable[[], object]]:
         y, sums = torch.empty_like(x), (torch.empty_like(scale), torch.empty(scale.numel() if shift else 0))
         return {
             "fake_quantize": lambda: ops.fake_quantize(x, *grid, None, y),
-            "fake_quantize_backward": lambda: ops.fake_quantize_backward(y, x, *grid, True, True, y, *sums),
+            "fake_quantize_backward": lambda: ops.fake_quantize_backward(y, x, *grid, True, True, 0.0, y, *sums),
             "quantize": lambda: ops.quantize(x, *grid, torch.int8, y.to(torch.int8)),
             "minmax": lambda: ops.minmax(x, axis, torch.empty_like(scale), torch.empty_like(scale)),
         }[op]

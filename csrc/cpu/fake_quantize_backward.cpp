@@ -39,20 +39,37 @@ template BackwardLoop<Columns> backward_loop<2, Columns>(Path, bool, bool);
 
 namespace {
 
-// g, x, dx: dense, the same sizes and strides.
+FASTQAT_CLONES void clip_block(const float* x, float* to, int64_t n, float clip) {
+  for (int64_t i = 0; i < n; ++i) to[i] = clipped(x[i], clip);
+}
+
+// No gradient where clipping is flat.
+FASTQAT_CLONES void mask_block(const float* x, float* dx, int64_t n, float clip) {
+  for (int64_t i = 0; i < n; ++i) dx[i] = passes_clip(x[i], clip) ? dx[i] : 0.0f;
+}
+
+// g, x, dx: dense, the same sizes and strides. clip: see the schema
 struct Backward {
   Input g, x;
   Output dx;
   bool offset_grid, rounded_mask;
+  float clip = 0.0f;
 
   template <int kTerms, class Channels>
   void span(int64_t offset, int64_t n, const Channels& channels, bool careful, float* const* sums) const {
     float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock];
     const float* from_g = g.block(offset, n, buffer_g);
     const float* from_x = x.block(offset, n, buffer_x);
+    float clipped_x[kBlock];
+    const float* clipped_from = from_x;
+    if (clip != 0.0f) {
+      clip_block(from_x, clipped_x, n, clip);
+      clipped_from = clipped_x;
+    }
     float* to = dx.block(offset, buffer_dx);
     Path path = !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
-    backward_loop<kTerms, Channels>(path, offset_grid, rounded_mask)(from_g, from_x, to, sums, n, channels);
+    backward_loop<kTerms, Channels>(path, offset_grid, rounded_mask)(from_g, clipped_from, to, sums, n, channels);
+    if (clip != 0.0f) mask_block(from_x, to, n, clip);
     dx.commit(offset, n, to);
   }
 
@@ -67,8 +84,8 @@ struct Backward {
 
 // dscale, dshift: contiguous
 void run(const Tensor& g, const Tensor& x, const Grid& grid, std::optional<int64_t> axis, bool rounded_mask,
-         bool lsq_grad_scale, const Tensor& dx, const Tensor& dscale, const Tensor& dshift) {
-  Backward backward{Input(g), Input(x), Output(dx), grid.offset_grid(), rounded_mask};
+         bool lsq_grad_scale, double clip, const Tensor& dx, const Tensor& dscale, const Tensor& dshift) {
+  Backward backward{Input(g), Input(x), Output(dx), grid.offset_grid(), rounded_mask, static_cast<float>(clip)};
   Layout layout = layout_of(x, axis);
   double factor = lsq_grad_scale ? lsq_factor(layout, grid) : 1.0;
   float* ds = dscale.mutable_data_ptr<float>();
@@ -91,12 +108,12 @@ void run_input(const Tensor& g, const Tensor& x, const Grid& grid, std::optional
 
 }  // namespace
 
-void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, Tensor dx,
+void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, double clip, Tensor dx,
                                 Tensor dscale, Tensor dshift) {
   x = dense(x);
   write_into(dx, x, [&](const Tensor& to) {
-    run(with_strides_of(x, g), x, Grid(scale, zero_point, offset, qrange, eps), axis, rounded_mask, lsq_grad_scale, to,
-        dscale, dshift);
+    run(with_strides_of(x, g), x, Grid(scale, zero_point, offset, qrange, eps), axis, rounded_mask, lsq_grad_scale,
+        clip, to, dscale, dshift);
   });
 }
 

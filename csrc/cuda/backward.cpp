@@ -94,7 +94,7 @@ void run(std::vector<Job>& jobs, const Device& device, const Tensor& where) {
 
 }  // namespace
 
-void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, Tensor dx,
+void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, double clip, Tensor dx,
                                 Tensor dscale, Tensor dshift) {
   Device device(x);
   std::vector<Job> jobs;

@@ -46,6 +46,16 @@ def shifted(x: Tensor, grid: Grid) -> Tensor:
     return x.float() if grid.offset is None else x.float() - grid.offset
 
 
+def clipped(x: Tensor, clip: float) -> Tensor:
+    """x clamped to [0, clip], in float32; clip 0: as it is. NaN stays NaN."""
+    return x.float().clamp(0.0, clip) if clip else x
+
+
+def passes_clip(x: Tensor, clip: float) -> Tensor:
+    """Where the derivative of :func:`clipped` is 1: that of a ReLU is 0 at 0, that of a ReLU6 also at 6."""
+    return (x > 0) & (x.float() < clip) if clip else torch.ones_like(x, dtype=torch.bool)
+
+
 def level(r: Tensor, grid: Grid) -> Tensor:
     """Code relative to the zero point: clamp(rint(r), qmin - z, qmax - z), ties to even; NaN stays NaN."""
     return r.round().clamp(grid.low, grid.high)
@@ -105,18 +115,21 @@ def lsq_factor(x: Tensor, scale: Tensor, qrange: Tensor) -> Tensor:
 
 
 def fake_quantize_backward(
-    g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale, dx, dscale, dshift
+    g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale, clip, dx, dscale, dshift
 ):
     """dx = g inside; dscale = sum g * (level - inside * r); dz = -s * sum outside g; do = sum outside g.
 
     A NaN in x adds to no sum. With lsq_grad_scale the sums are multiplied by 1 / sqrt(N * max(qmax, 1)), where N is
-    the number of elements that share a scale (LSQ, section 2.2).
+    the number of elements that share a scale (LSQ, section 2.2). x is clamped to [0, clip] first, and dx is 0 where
+    that is flat.
     """
     grid = grid_of(x, scale, zero_point, offset, qrange, axis, eps)
+    passes = passes_clip(x, clip)
+    x = clipped(x, clip)
     t = shifted(x, grid)
     r = t / grid.scale
     mask = inside(r, grid, rounded_mask)
-    dx.copy_(torch.where(mask, g.float(), 0.0))
+    dx.copy_(torch.where(mask & passes, g.float(), 0.0))
 
     s, g, nan = grid.scale.double(), g.double(), x.isnan()
     slope = level(r, grid).double() - torch.where(mask, t.double() / s, 0.0)

@@ -64,6 +64,9 @@ GRIDS = "Tensor[] scales, Tensor[] zero_points, Tensor[] offsets, Tensor[] qrang
 # Stochastic rounding: Philox with this seed and tensor id, at the tensor's step; tensor id -1 rounds to nearest.
 NOISE = "int[] seeds, int[] tensor_ids, Tensor[] steps"
 
+# The grid of one tensor that has one scale.
+TENSOR_GRID = "Tensor scale, Tensor? zero_point, Tensor? offset, Tensor qrange, float eps"
+
 # Schemas of the ops that only write into what they are given.
 IN_PLACE_OPS: dict[str, str] = {
     # ys[i] = fake_quantize(xs[i]), frozen weights at their frozen code. `advance` False leaves the state as it is; else
@@ -87,6 +90,47 @@ IN_PLACE_OPS: dict[str, str] = {
         "int[] lsq_grad_scales, int[] estimators, Tensor[] strengths, Tensor[] dampenings, Tensor[] words, "
         "Tensor(a!)[] dxs, Tensor(b!)[] dscales, Tensor(c!)[] dshifts) -> ()"
     ),
+    # y = fake_quantize(x) with one scale, and what else one read of x can give: for activations, and for gradients.
+    # Bits are in memory order: bit i % 8 of byte i // 8 belongs to the i-th element of y in memory; so does the i-th
+    # number of Philox, and the i-th code. An empty tensor asks for nothing.
+    #   clip        x is clamped to [0, clip] first: inf is a ReLU, 6 a ReLU6; 0 leaves x as it is
+    #   rounded_mask as for the backward; tensor_id -1 rounds to nearest
+    #   limit       float32 [1]; beyond, int64 [1], grows by the number of elements with |x| > limit
+    #   low, high   float32 [1]; widened to hold the finite values of x
+    #   inside      uint8 [ceil(n / 8)]: x passes its gradient
+    #   above       uint8 [ceil(n / 8)]: x lies above the range; with rounded_mask, rounds above it
+    #   codes       uint8 [ceil(n * code_bits / 8)]: the codes of y as pack() makes them
+    #   y           like x, of any floating dtype
+    "fake_quantize_tensor": (
+        f"fake_quantize_tensor(Tensor x, {TENSOR_GRID}, float clip, bool rounded_mask, int seed, int tensor_id, "
+        "Tensor step, Tensor limit, int code_bits, Tensor(a!) low, Tensor(b!) high, Tensor(c!) beyond, "
+        "Tensor(d!) inside, Tensor(e!) above, Tensor(f!) codes, Tensor(g!) y) -> ()"
+    ),
+    # Gradients of it from its bits alone: dx = g inside, 0 outside; dscale (float32 [1], or empty) is qmax times the
+    # sum of g above, which is PACT's where qmin and the zero point are 0. g: any strides; dx: dense, like y.
+    "fake_quantize_tensor_backward": (
+        "fake_quantize_tensor_backward(Tensor g, Tensor inside, Tensor above, Tensor qrange, Tensor(a!) dx, "
+        "Tensor(b!) dscale) -> ()"
+    ),
+    # y from its codes, the same values. y: dense; codes: in its memory order.
+    "dequantize_tensor": f"dequantize_tensor(Tensor codes, {TENSOR_GRID}, int code_bits, Tensor(a!) y) -> ()",
+    # The range of the next step (csrc/ranges.h). Where `step` is not observed_step, or `always`: low and high become
+    # momentum * low + (1 - momentum) * new_low, ...; new_low, new_high become inf, -inf; observed_step becomes step.
+    # Then scale and zero_point (empty: a symmetric grid) are those of the range. All float32 [1]; steps int64 [1].
+    "advance_range": (
+        "advance_range(Tensor qrange, Tensor step, bool always, float momentum, Tensor(a!) low, Tensor(b!) high, "
+        "Tensor(c!) new_low, Tensor(d!) new_high, Tensor(e!) observed_step, Tensor(f!) scale, "
+        "Tensor(g!) zero_point) -> ()"
+    ),
+    # The interval [-limit, limit], limit = gamma * max|g|, of a gradient (LBT, section 4.3; csrc/ranges.h). low, high:
+    # extremes of g. Where `step` is not observed_step, or `always`: gamma moves by +-stride, towards the fraction
+    # alpha / (2 qmax + 1) of elements beyond the limit; beyond and seen, int64 [1], become 0. Then seen grows by numel,
+    # and limit and scale = limit / qmax follow. gamma, limit, scale: float32 [1].
+    "advance_interval": (
+        "advance_interval(Tensor low, Tensor high, Tensor qrange, Tensor step, bool always, SymInt numel, float alpha, "
+        "float stride, float smallest, Tensor(a!) gamma, Tensor(b!) beyond, Tensor(c!) seen, "
+        "Tensor(d!) observed_step, Tensor(e!) limit, Tensor(f!) scale) -> ()"
+    ),
 }
 
 
@@ -108,9 +152,9 @@ def fake_quantize(x, scale, zero_point, offset, qrange, axis, eps, out_dtype):
     return (torch.empty_like(x, dtype=out_dtype or x.dtype),)
 
 
-@op(f"Tensor g, Tensor x, {GRID}, bool rounded_mask, bool lsq_grad_scale", "dx", "dscale", "dshift")
-def fake_quantize_backward(g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale):
-    """Gradients of fake_quantize from one pass over (g, x).
+@op(f"Tensor g, Tensor x, {GRID}, bool rounded_mask, bool lsq_grad_scale, float clip", "dx", "dscale", "dshift")
+def fake_quantize_backward(g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale, clip):
+    """Gradients of fake_quantize from one pass over (g, x); of x clamped to [0, clip] first where clip is not 0.
 
     dx: like x; dscale: like scale; dshift: gradient of zero_point or offset, [0] where there is neither.
     """

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastqat.ops import multi_tensor, native, reference, schema, triton
+from fastqat.ops import multi_tensor, native, one_tensor, reference, schema, triton
 
 DEVICE_KEYS = ("CPU", "CUDA")
 
@@ -52,8 +52,10 @@ def _define() -> None:
 
 
 def _in_place(backend: object, name: str) -> Callable[..., None]:
-    """Kernel of an op in :data:`schema.IN_PLACE_OPS`; those of the reference have a module of their own."""
-    return getattr(multi_tensor if backend is reference else backend, name)
+    """Kernel of an op in :data:`schema.IN_PLACE_OPS`; those of the reference have modules of their own."""
+    if backend is reference:
+        backend = multi_tensor if hasattr(multi_tensor, name) else one_tensor
+    return getattr(backend, name)
 
 
 def _register(library: torch.library.Library, backend: object, key: str) -> None:

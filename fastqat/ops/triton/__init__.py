@@ -26,6 +26,11 @@ _MODULES = {
     "philox_uniform": "philox",
     "multi_tensor_fake_quantize": "multi_tensor_fake_quantize",
     "multi_tensor_fake_quantize_backward": "multi_tensor_fake_quantize_backward",
+    "fake_quantize_tensor": "fake_quantize_tensor",
+    "fake_quantize_tensor_backward": "fake_quantize_tensor",
+    "dequantize_tensor": "dequantize_tensor",
+    "advance_range": "ranges",
+    "advance_interval": "ranges",
 }
 
 

@@ -196,7 +196,7 @@ def fake_quantize_backward_input(g, x, scale, zero_point, offset, qrange, axis, 
 
 
 def fake_quantize_backward(
-    g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale, dx, dscale, dshift
+    g, x, scale, zero_point, offset, qrange, axis, eps, rounded_mask, lsq_grad_scale, clip, dx, dscale, dshift
 ):
     """dx, dscale, dshift. g, x, dx: one shape, any strides; the others: see fastqat.ops.schema."""
     if x.numel() == 0:

@@ -49,6 +49,18 @@ def clamp(v, low, high):
 
 
 @triton.jit
+def clipped(x, clip):
+    """x as a ReLU (clip: inf) or a ReLU6 (clip: 6) leaves it; NaN stays NaN."""
+    return clamp(x, 0.0, clip)
+
+
+@triton.jit
+def passes_clip(x, clip):
+    """Where its derivative is 1."""
+    return (x > 0.0) & (x < clip)
+
+
+@triton.jit
 def is_fast_scale(scale):
     """True if the three-step quotient is exact for this scale."""
     return (scale >= kSmallestFastScale) & (scale <= kLargestFastScale)
