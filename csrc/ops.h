@@ -12,8 +12,8 @@ namespace fastqat::FASTQAT_BACKEND {
 
 void fake_quantize_out(Tensor x, FASTQAT_GRID, std::optional<ScalarType> out_dtype, Tensor y);
 
-void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, double clip, Tensor dx,
-                                Tensor dscale, Tensor dshift);
+void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, double clip,
+                                Tensor dx, Tensor dscale, Tensor dshift);
 
 void fake_quantize_backward_input_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, Tensor dx);
 
@@ -47,5 +47,23 @@ void multi_tensor_fake_quantize(Tensors xs, FASTQAT_GRIDS, FASTQAT_NOISE, Double
 void multi_tensor_fake_quantize_backward(Tensors gs, Tensors xs, FASTQAT_GRIDS, FASTQAT_NOISE, Ints rounded_masks,
                                          Ints lsq_grad_scales, Ints estimators, Tensors strengths, Tensors dampenings,
                                          Tensors words, Tensors dxs, Tensors dscales, Tensors dshifts);
+
+// The grid of one tensor that has one scale.
+#define FASTQAT_TENSOR_GRID Tensor scale, OptionalTensor zero_point, OptionalTensor offset, Tensor qrange, double eps
+
+void fake_quantize_tensor(Tensor x, FASTQAT_TENSOR_GRID, double clip, bool rounded_mask, int64_t seed,
+                          int64_t tensor_id, Tensor step, Tensor limit, int64_t code_bits, Tensor low, Tensor high,
+                          Tensor beyond, Tensor inside, Tensor above, Tensor codes, Tensor y);
+
+void fake_quantize_tensor_backward(Tensor g, Tensor inside, Tensor above, Tensor qrange, Tensor dx, Tensor dscale);
+
+void dequantize_tensor(Tensor codes, FASTQAT_TENSOR_GRID, int64_t code_bits, Tensor y);
+
+void advance_range(Tensor qrange, Tensor step, bool always, double momentum, Tensor low, Tensor high, Tensor new_low,
+                   Tensor new_high, Tensor observed_step, Tensor scale, Tensor zero_point);
+
+void advance_interval(Tensor low, Tensor high, Tensor qrange, Tensor step, bool always, int64_t numel, double alpha,
+                      double stride, double smallest, Tensor gamma, Tensor beyond, Tensor seen, Tensor observed_step,
+                      Tensor limit, Tensor scale);
 
 }  // namespace fastqat::FASTQAT_BACKEND

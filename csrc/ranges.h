@@ -39,8 +39,8 @@ FASTQAT_INLINE float largest_magnitude(float low, float high) {
 FASTQAT_INLINE float moved_gamma(float gamma, int64_t beyond, int64_t seen, double alpha, float qmax, float stride,
                                  float smallest) {
   if (seen == 0) return gamma;
-  double excess = static_cast<double>(beyond) * (2.0 * static_cast<double>(qmax) + 1.0) -
-                  alpha * static_cast<double>(seen);
+  double excess =
+      static_cast<double>(beyond) * (2.0 * static_cast<double>(qmax) + 1.0) - alpha * static_cast<double>(seen);
   float moved = excess > 0.0 ? gamma + stride : excess < 0.0 ? gamma - stride : gamma;
   return clamp(moved, smallest, 1.0f);
 }

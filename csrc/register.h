@@ -15,8 +15,7 @@ Tensor fake_quantize(Tensor x, FASTQAT_GRID, std::optional<ScalarType> out_dtype
   return y;
 }
 
-Tensors3 fake_quantize_backward(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale,
-                                double clip) {
+Tensors3 fake_quantize_backward(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, double clip) {
   x = dense(x);
   Tensor dx = empty_like(x, x.scalar_type());
   Tensor dscale = empty({scale.numel()}, ScalarType::Float, x);
@@ -85,17 +84,23 @@ Tensor philox_uniform(Tensor step, int64_t seed, int64_t tensor_id, int64_t nume
   m.impl(#op, TORCH_BOX(&fastqat::FASTQAT_BACKEND::op)); \
   m.impl(#op "_out", TORCH_BOX(&fastqat::FASTQAT_BACKEND::op##_out))
 
-#define FASTQAT_REGISTER_ALL(m)                                                                           \
-  FASTQAT_REGISTER(m, fake_quantize);                                                                     \
-  FASTQAT_REGISTER(m, fake_quantize_backward);                                                            \
-  FASTQAT_REGISTER(m, fake_quantize_backward_input);                                                      \
-  FASTQAT_REGISTER(m, quantize);                                                                          \
-  FASTQAT_REGISTER(m, dequantize);                                                                        \
-  FASTQAT_REGISTER(m, pack);                                                                              \
-  FASTQAT_REGISTER(m, unpack);                                                                            \
-  FASTQAT_REGISTER(m, minmax);                                                                            \
-  FASTQAT_REGISTER(m, range_search);                                                                      \
-  FASTQAT_REGISTER(m, philox_uniform);                                                                    \
-  m.impl("multi_tensor_fake_quantize", TORCH_BOX(&fastqat::FASTQAT_BACKEND::multi_tensor_fake_quantize)); \
-  m.impl("multi_tensor_fake_quantize_backward",                                                           \
-         TORCH_BOX(&fastqat::FASTQAT_BACKEND::multi_tensor_fake_quantize_backward))
+#define FASTQAT_REGISTER_IN_PLACE(m, op) m.impl(#op, TORCH_BOX(&fastqat::FASTQAT_BACKEND::op))
+
+#define FASTQAT_REGISTER_ALL(m)                                      \
+  FASTQAT_REGISTER(m, fake_quantize);                                \
+  FASTQAT_REGISTER(m, fake_quantize_backward);                       \
+  FASTQAT_REGISTER(m, fake_quantize_backward_input);                 \
+  FASTQAT_REGISTER(m, quantize);                                     \
+  FASTQAT_REGISTER(m, dequantize);                                   \
+  FASTQAT_REGISTER(m, pack);                                         \
+  FASTQAT_REGISTER(m, unpack);                                       \
+  FASTQAT_REGISTER(m, minmax);                                       \
+  FASTQAT_REGISTER(m, range_search);                                 \
+  FASTQAT_REGISTER(m, philox_uniform);                               \
+  FASTQAT_REGISTER_IN_PLACE(m, multi_tensor_fake_quantize);          \
+  FASTQAT_REGISTER_IN_PLACE(m, multi_tensor_fake_quantize_backward); \
+  FASTQAT_REGISTER_IN_PLACE(m, fake_quantize_tensor);                \
+  FASTQAT_REGISTER_IN_PLACE(m, fake_quantize_tensor_backward);       \
+  FASTQAT_REGISTER_IN_PLACE(m, dequantize_tensor);                   \
+  FASTQAT_REGISTER_IN_PLACE(m, advance_range);                       \
+  FASTQAT_REGISTER_IN_PLACE(m, advance_interval)

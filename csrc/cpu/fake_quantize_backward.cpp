@@ -108,8 +108,8 @@ void run_input(const Tensor& g, const Tensor& x, const Grid& grid, std::optional
 
 }  // namespace
 
-void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, double clip, Tensor dx,
-                                Tensor dscale, Tensor dshift) {
+void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, double clip,
+                                Tensor dx, Tensor dscale, Tensor dshift) {
   x = dense(x);
   write_into(dx, x, [&](const Tensor& to) {
     run(with_strides_of(x, g), x, Grid(scale, zero_point, offset, qrange, eps), axis, rounded_mask, lsq_grad_scale,
