@@ -157,14 +157,14 @@ class TransitionRateScheduler:
     @torch.no_grad()
     def _adapt(self) -> None:
         """Move the factors on by what the last forward pass counted, and scale what the optimizer has added."""
-        if not self.enabled or any(found.quantizer.tracker.counts is None for found in self._found):
+        trackers: list[Any] = [found.quantizer.tracker for found in self._found]
+        if not self.enabled or any(tracker.counts is None for tracker in trackers):
             return  # switched off; or no forward pass in training has come yet
-        self._move_on()
+        self._move_on(trackers)
         for weight, before, factor in zip(self._weights, self._before, self.factor.unbind(), strict=True):
             torch.lerp(before, weight, factor.to(weight.device, weight.dtype), out=weight)
 
-    def _move_on(self) -> None:
-        trackers: list[Any] = [found.quantizer.tracker for found in self._found]
+    def _move_on(self, trackers: list[Any]) -> None:
         counts = torch.stack([tracker.counts.to(self._device) for tracker in trackers])  # int64 [tensors, 4]
         clocks = torch.stack([tracker.clock.to(self._device) for tracker in trackers])  # float64 [tensors, 3]
         steps = torch.cat([found.quantizer.step.to(self._device) for found in self._found])
