@@ -78,6 +78,7 @@ def calls() -> dict[str, Callable[[], object]]:
 
     made = {f"{op}-{dtype}": case(op, getattr(torch, dtype), 0, "zero_point") for op, dtype in FMA}
     made |= {f"{name}-{dtype}": many(name, getattr(torch, dtype)) for name, dtype in MANY}
+    made |= {f"{name}-{dtype}": one(name, getattr(torch, dtype)) for name, dtype in ONE}
     made["offset"] = case("fake_quantize", torch.float32, None, "offset")
     made["contracted"] = case("fake_quantize", torch.float32, None, "offset")
     made["unaligned"] = case("fake_quantize", torch.float32, None, first=1)
@@ -102,6 +103,29 @@ def many(name: str, dtype: torch.dtype) -> Callable[[], object]:
     number = estimators.ESTIMATORS[name][0]
     options = ([1], [0], [number], [one], [one], [word], [torch.empty_like(x)], [scale.clone()], [none])
     return lambda: ops.multi_tensor_fake_quantize_backward([x.clone()], [x], *grid, *options)
+
+
+def one(name: str, dtype: torch.dtype) -> Callable[[], object]:
+    """A call of an op on one tensor with one scale, for what the name says."""
+    from fastqat.ops import triton as ops
+
+    x, none, seed = torch.zeros(64 * 4608, dtype=dtype), torch.empty(0), 5
+    y, scale, qrange = torch.empty_like(x), torch.ones(1), torch.tensor([0, 15], dtype=torch.int32)
+    inside, above, codes = (torch.empty(x.numel() * bits // 8, dtype=torch.uint8) for bits in (1, 1, 4))
+    low, high, limit = (torch.ones(1) for _ in range(3))
+    step, beyond = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
+    grid, nearest, drawn = (scale, None, None, qrange, 1e-8), (seed, -1, none), (seed, 3, step)
+
+    def forward(clip: float, noise: tuple, limit: torch.Tensor, code_bits: int, *made: torch.Tensor) -> None:
+        ops.fake_quantize_tensor(x, *grid, clip, True, *noise, limit, code_bits, *made, y)
+
+    return {
+        "observed": lambda: forward(0.0, nearest, none, 0, low, high, none, inside, none, none),
+        "clipped": lambda: forward(6.0, nearest, none, 4, none, none, none, inside, above, codes),
+        "noise": lambda: forward(0.0, drawn, limit, 0, none, none, beyond, none, none, none),
+        "backward": lambda: ops.fake_quantize_tensor_backward(x, inside, above, qrange, y, limit),
+        "dequantize": lambda: ops.dequantize_tensor(codes, *grid, 4, y),
+    }[name]
 
 
 @triton.jit
@@ -139,7 +163,19 @@ MANY = {
 }
 
 
-def faults(code: dict[str, str], fma: int, exact_quotients: bool = True, stores: bool = True) -> list[str]:
+# The same for the ops on one tensor with one scale.
+ONE = {
+    ("observed", "float32"): 8 * 2,
+    ("clipped", "bfloat16"): 16 * 2,
+    ("noise", "bfloat16"): 0,  # divides
+    ("backward", "float32"): 0,
+    ("dequantize", "bfloat16"): 0,
+}
+
+
+def faults(
+    code: dict[str, str], fma: int, exact_quotients: bool = True, stores: bool = True, loads: bool = True
+) -> list[str]:
     """Ways in which a kernel breaks the numerics law or the byte budget.
 
     Args:
@@ -147,6 +183,7 @@ def faults(code: dict[str, str], fma: int, exact_quotients: bool = True, stores:
         fma: how many explicit ones there are on float32; any more are contractions.
         exact_quotients: whether there must be a division, of scales outside the fast range.
         stores: whether it writes a tensor as large as x.
+        loads: whether it reads one.
     """
     ptx, sass = code["ptx"], code["sass"]
     found = [f"inexact: {op}" for op in sorted(set(re.findall(r"\b(?:div|rcp)\.(?:full|approx)\S*|\S+\.ftz\S*", ptx)))]
@@ -155,7 +192,7 @@ def faults(code: dict[str, str], fma: int, exact_quotients: bool = True, stores:
         found.append(f"{count} fma instead of {fma}")
     if exact_quotients and "div.rn.f32" not in ptx:
         found.append("no exact division")
-    if "ld.global.v4.b32" not in ptx or "LDG.E.128" not in sass:
+    if loads and ("ld.global.v4.b32" not in ptx or "LDG.E.128" not in sass):
         found.append("no 16-byte load")
     if stores and ("st.global.v4.b32" not in ptx or "STG.E.128" not in sass):
         found.append("no 16-byte store")
@@ -187,6 +224,15 @@ def test_kernel_on_many_tensors_is_exact_and_wide(compiled: dict[str, dict[str, 
     code = compiled[f"{name}-{dtype}"]
     assert faults(code, MANY[name, dtype]) == []
     assert "ld.global.b8" not in code["ptx"], "the words of a thread are not read in one access"
+
+
+@pytest.mark.parametrize(("name", "dtype"), ONE)
+def test_kernel_on_one_tensor_is_exact_and_wide(compiled: dict[str, dict[str, str]], name: str, dtype: str) -> None:
+    """The same of what one read gives, of its gradient and its inverse; no floor that takes subnormals for 0."""
+    code, quantizes = compiled[f"{name}-{dtype}"], name in ("observed", "clipped", "noise")
+    assert faults(code, ONE[name, dtype], exact_quotients=quantizes, loads=name != "dequantize") == []
+    single = re.findall(r"\b(?:ld|st)\.global\.b8", code["ptx"])
+    assert len(single) == (name == "observed"), "the bytes of a thread are not moved in one access"  # it has one there
 
 
 def test_offset_grid_rounds_twice(compiled: dict[str, dict[str, str]]) -> None:

@@ -44,6 +44,10 @@ def filled(scale: Tensor) -> Tensor:
 
 
 def moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
-    """momentum * old + (1 - momentum) * new; a bound that is not finite comes from no data and does not count."""
-    average = torch.where(old.isfinite(), momentum * old + (1 - momentum) * new, new)
+    """momentum * old + (1 - momentum) * new; a bound that is not finite comes from no data and does not count.
+
+    What comes again as it was is its own average, without rounding.
+    """
+    average = torch.where(old == new, old, momentum * old + (1 - momentum) * new)
+    average = torch.where(old.isfinite(), average, new)
     return torch.where(new.isfinite(), average, old)

@@ -29,8 +29,8 @@ _MODULES = {
     "fake_quantize_tensor": "fake_quantize_tensor",
     "fake_quantize_tensor_backward": "fake_quantize_tensor",
     "dequantize_tensor": "dequantize_tensor",
-    "advance_range": "ranges",
-    "advance_interval": "ranges",
+    "advance_range": "advance",
+    "advance_interval": "advance",
 }
 
 

@@ -23,6 +23,7 @@ class Modes(NamedTuple):
     strength: Tensor | None = None  # float32 [1]: of the estimator
     dampening: Tensor | None = None  # float32 [1]
     step: Tensor | None = None  # int64 [1]: rounds stochastically
+    clip: float | None = None  # x is clamped to [0, clip] first
 
 
 @triton.jit
@@ -44,7 +45,7 @@ def extras_of(
     if modes.dampening is not None:
         dampening = tl.load(modes.dampening)
     if modes.step is not None:
-        drawn = tl.floor(tl.div_rn(t, ch.scale) + philox.uniform_at(at, seed, modes.step, tensor_id))
+        drawn = philox.drawn(tl.div_rn(t, ch.scale), philox.uniform_at(at, seed, modes.step, tensor_id))
     return math.Extras(held, factor, dampening, drawn)
 
 
@@ -65,12 +66,17 @@ def gradient(
 ):
     """Gradient of a tile. g, x: float32 [rows, cols]; fast: scalar."""
     WITHIN: tl.constexpr = ESTIMATOR != estimators.kPact
+    if modes.clip is not None:
+        passes = math.passes_clip(x, modes.clip)
+        x = math.clipped(x, modes.clip)
     if fast:
         extras = extras_of(g, x, at, mask, ch, modes, seed, tensor_id, True, OFFSET, ESTIMATOR)
         d = math.fake_quantize_backward(g, x, ch, True, OFFSET, ROUNDED, extras, WITHIN)
     else:
         extras = extras_of(g, x, at, mask, ch, modes, seed, tensor_id, False, OFFSET, ESTIMATOR)
         d = math.fake_quantize_backward(g, x, ch, False, OFFSET, ROUNDED, extras, WITHIN)
+    if modes.clip is not None:
+        d = math.Gradient(tl.where(passes, d.dx, 0.0), d.scale, d.outside)
     return d
 
 
@@ -204,4 +210,5 @@ def fake_quantize_backward(
         dshift.zero_()
         return
     grid = layout.grid_of(scale, zero_point, offset, qrange, eps)
-    write_gradients(g, x, grid, axis, Rule(rounded_mask, lsq_grad_scale), Modes(), dx, dscale, dshift)
+    modes = Modes(clip=clip or None)
+    write_gradients(g, x, grid, axis, Rule(rounded_mask, lsq_grad_scale), modes, dx, dscale, dshift)

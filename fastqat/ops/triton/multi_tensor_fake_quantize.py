@@ -61,7 +61,7 @@ def own_level(x, at, ch, step_ptr, seed, tensor_id, FAST: tl.constexpr, OFFSET: 
     """Level of a tile without regard to its state; NaN stays NaN. x: float32 [rows, cols], at: where it lies."""
     t = math.shifted(x, ch, OFFSET)
     if NOISE:
-        drawn = tl.floor(tl.div_rn(t, ch.scale) + philox.uniform_at(at, seed, step_ptr, tensor_id))
+        drawn = philox.drawn(tl.div_rn(t, ch.scale), philox.uniform_at(at, seed, step_ptr, tensor_id))
         return math.clamp(drawn, ch.low, ch.high)
     else:
         return math.level(t, ch, FAST)
