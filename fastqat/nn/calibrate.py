@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fastqat import ranges
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.observe import Calls, eagerly, evaluating, run_batch
@@ -23,6 +25,7 @@ def calibrate(
     *,
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,
+    distributed: bool = True,
 ) -> nn.Module:
     """Set the ranges of the activation quantizers from some batches, in one pass and in evaluation mode.
 
@@ -35,6 +38,9 @@ def calibrate(
             the model's keyword arguments. Tensors are moved to the device of the model.
         forward: runs the model on a batch of any other kind; it moves what it must.
         progress: show a bar on a terminal (stderr), where rich or tqdm is installed.
+        distributed: where torch.distributed is initialized, each of its processes calls this with batches of its own,
+            and all end with the same ranges, those of all batches. False where some do not call it, or where all have
+            the same batches.
 
     Returns:
         The model, every module of it in the training mode that it had.
@@ -42,29 +48,62 @@ def calibrate(
     Raises:
         ValueError: there is nothing to calibrate, no batch, or a quantizer that no finite value reached; the message
             names it, and the others have their ranges.
+        RuntimeError: another process failed; its error says why.
     """
-    parametrized = {q for m in model.modules() if isinstance(m, ParametrizationList) for q in m}
-    of_weights = {q for m in model.modules() if isinstance(m, QuantizedLayer) for q in m.weight_quantizers().values()}
-    named = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuant) and m not in parametrized}
-    observing = [q for q in named.values() if q.range != "fixed" and q not in of_weights]
+    called, of_weights = called_quantizers(model)
+    observing = [q for q in called.values() if q.range != "fixed" and q not in of_weights]
     if not observing:
         checks.fail(ValueError, "model", "a model with quantizers to calibrate", type(model).__name__)
     run = forward or run_batch
-    count = 0
-    with evaluating(model), eagerly(), Calls(named.values()) as calls:
+    fact = _Fact()
+    with evaluating(model), eagerly(), Calls(called.values()) as calls:
         try:
             for q in observing:
                 q.begin_calibration()
             for batch in _with_bar(batches, progress):
                 run(model, batch)
-                count += 1
+                fact.batches += 1
+            fact.failed = False
         finally:
-            blind = {q for q in observing if not q.end_calibration()}
-    blind |= {q for q in of_weights if not calls.count[q]}  # a layer that something goes past
-    if blind:
-        got = f"{count} batches, in which these saw none: {', '.join(name for name, q in named.items() if q in blind)}"
+            fact.called = {name for name, q in called.items() if calls.count[q]}
+            facts, blind = _set_ranges(observing, fact, distributed)
+    if any(each.failed for each in facts):
+        raise RuntimeError("calibrate: wanted the batches of all processes; got an error in another, which says why")
+    reached = set().union(*(each.called for each in facts))
+    # A layer that something goes past shows in the quantizer of its weight.
+    lost = [name for name, q in called.items() if q in blind or (q in of_weights and name not in reached)]
+    if lost:
+        got = f"{sum(each.batches for each in facts)} batches, in which these saw none: {', '.join(lost)}"
         checks.fail(ValueError, "batches", "data for every quantizer", got)
     return model
+
+
+def called_quantizers(model: nn.Module) -> tuple[dict[str, FakeQuant], set[FakeQuant]]:
+    """The quantizers that modules call, by name, and which of them are of weights; without parametrizations."""
+    parametrized = {q for m in model.modules() if isinstance(m, ParametrizationList) for q in m}
+    of_weights = {q for m in model.modules() if isinstance(m, QuantizedLayer) for q in m.weight_quantizers().values()}
+    called = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuant) and m not in parametrized}
+    return called, of_weights
+
+
+@dataclass
+class _Fact:
+    """What one process has to tell the others."""
+
+    batches: int = 0
+    failed: bool = True
+    called: set[str] = field(default_factory=set)
+
+
+def _set_ranges(observing: list[FakeQuant], fact: _Fact, distributed: bool) -> tuple[list[_Fact], set[FakeQuant]]:
+    """End the calibration, whatever happens; what each process tells, and the quantizers without data in any."""
+    together = False
+    try:
+        facts = ranges.gathered(fact) if distributed else [fact]
+        together = distributed
+    finally:
+        blind = {q for q in observing if not q.end_calibration(together)}
+    return facts, blind
 
 
 def _with_bar(batches: Iterable[Any], wanted: bool) -> Iterator[Any]:
