@@ -6,9 +6,11 @@ scale per row, which is all that the ops know.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastqat.ops import reference, select  # noqa: F401  (importing select registers the ops)
@@ -52,6 +54,23 @@ def needs_grad(x: Tensor, scale: Tensor, zero_point: Tensor | None, offset: Tens
     )
 
 
+# Where x is clamped first, by the name of what that computes: to [0, clip].
+CLIPS = {None: 0.0, "relu": math.inf, "relu6": 6.0}
+
+
+def activated(x: Tensor, clip: float) -> Tensor:
+    """x clamped to [0, clip], one of CLIPS, by torch."""
+    return F.relu(x) if clip == math.inf else F.relu6(x) if clip else x
+
+
+def _clipped_forward(x, scale, zero_point, offset, qrange, eps, clip, out_dtype) -> Tensor:
+    """Quantize x, clamped to [0, clip], in the same pass."""
+    y, none = torch.empty_like(x, dtype=out_dtype or x.dtype), qrange.new_empty(0, dtype=torch.uint8)
+    nothing = (none,) * 6  # no extremes, no counts, no bits, no codes
+    _ops.fake_quantize_tensor(x, scale, zero_point, offset, qrange, eps, clip, True, 0, -1, none, none, 0, *nothing, y)
+    return y
+
+
 def _vmap_fold(x: Tensor, batch: int, dim: int | None, axis: int | None) -> Tensor:
     """x with its batch at `dim` as [batch * C, ...] (C = 1 per tensor): one row per example and channel."""
     x = x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -73,7 +92,9 @@ class _FakeQuantize(torch.autograd.Function):
     """Quantize-dequantize; saves its inputs, and nothing that is not alive elsewhere."""
 
     @staticmethod
-    def forward(x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, out_dtype):
+    def forward(x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, clip, out_dtype):
+        if clip:
+            return _clipped_forward(x, scale, zero_point, offset, qrange, eps, clip, out_dtype)
         rows, row_axis = as_rows(x, axis, group_size)
         y = _ops.fake_quantize(rows, flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps, out_dtype)
         return from_rows(y, x, axis, group_size)
@@ -81,13 +102,13 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:5])
-        ctx.options = inputs[5:11]
+        ctx.options = inputs[5:12]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, g):
         if g is None:
-            return (None,) * 12
+            return (None,) * 13
         learned = any(ctx.needs_input_grad[1:4])
         # Only a second derivative needs a graph of the backward pass itself.
         run = _FakeQuantizeBackward.apply if torch.is_grad_enabled() else _FakeQuantizeBackward.forward
@@ -95,7 +116,7 @@ class _FakeQuantize(torch.autograd.Function):
         dx, dscale, dshift = run(g, *saved, *ctx.options, learned)
         offset_grid = saved[3] is not None
         shifts = (None, dshift) if offset_grid else (dshift, None)
-        return dx, dscale, *shifts, *(None,) * 8
+        return dx, dscale, *shifts, *(None,) * 9
 
     @staticmethod
     def vmap(info, in_dims, x, scale, zero_point, offset, qrange, axis, group_size, *options):
@@ -121,17 +142,17 @@ class _FakeQuantizeBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(g, x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, learned):
+    def forward(g, x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, clip, learned):
         rows, row_axis = as_rows(x, axis, group_size)
         g_rows, _ = as_rows(g, axis, group_size)
         grid = (flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps)
-        if not learned:
+        if not (learned or clip):
             return (
                 from_rows(_ops.fake_quantize_backward_input(g_rows, rows, *grid, rounded), x, axis, group_size),
                 None,
                 None,
             )
-        dx, dscale, dshift = _ops.fake_quantize_backward(g_rows, rows, *grid, rounded, lsq, 0.0)
+        dx, dscale, dshift = _ops.fake_quantize_backward(g_rows, rows, *grid, rounded, lsq, clip)
         if factor is not None:
             dscale, dshift = dscale * factor, dshift * factor
         has_shift = zero_point is not None or offset is not None
@@ -144,12 +165,12 @@ class _FakeQuantizeBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:6])
-        ctx.options = inputs[6:12]
+        ctx.options = inputs[6:13]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, gdx, gdscale, gdshift):
-        return *_second_order(*ctx.saved_tensors, *ctx.options, gdx, gdscale, gdshift), *(None,) * 8
+        return *_second_order(*ctx.saved_tensors, *ctx.options, gdx, gdscale, gdshift), *(None,) * 9
 
     @staticmethod
     def vmap(info, in_dims, g, x, scale, zero_point, offset, qrange, axis, group_size, *options):
@@ -168,11 +189,12 @@ class _FakeQuantizeBackward(torch.autograd.Function):
 
 
 def _second_order(
-    g, x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, gdx, gdscale, gdshift
+    g, x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, clip, gdx, gdscale, gdshift
 ) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
     """Gradients of (dx, dscale, dshift) by (g, x, scale, zero_point, offset), in plain torch."""
     rows, row_axis = as_rows(x, axis, group_size)
     g_rows, _ = as_rows(g, axis, group_size)
+    passes, rows = reference.passes_clip(rows, clip), reference.clipped(rows, clip)
     grid = reference.grid_of(rows, flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps)
     r = reference.shifted(rows, grid) / grid.scale
     mask = reference.inside(r, grid, rounded)
@@ -183,7 +205,7 @@ def _second_order(
 
     dg = torch.zeros_like(g_rows, dtype=torch.float32)
     if gdx is not None:
-        dg = torch.where(mask, as_rows(gdx, axis, group_size)[0].float(), dg)
+        dg = torch.where(mask & passes, as_rows(gdx, axis, group_size)[0].float(), dg)
     outside_sum = (
         reference.ordered_sum(torch.where(outside, g_rows.double(), 0.0), row_axis).float().view_as(grid.scale)
     )
@@ -221,11 +243,17 @@ def apply_fake_quantize(
     ste_mask: str,
     grad_scale: float | str | None,
     out_dtype: torch.dtype | None,
+    clip: float = 0.0,
 ) -> Tensor:
-    """Differentiable fake quantization of checked arguments, with qmin and qmax as the tensor `qrange` (int32 [2])."""
+    """Differentiable fake quantization of checked arguments, with qmin and qmax as the tensor `qrange` (int32 [2]).
+
+    x is clamped to [0, clip] first where clip is not 0.
+    """
+    if clip and (axis is not None or torch._C._are_functorch_transforms_active()):
+        x, clip = activated(x, clip), 0.0  # what clamps in the same pass knows one scale
     factor = None if grad_scale == "lsq" else grad_scale
     lsq, rounded = grad_scale == "lsq", ste_mask == "rounded"
-    arguments = (x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, out_dtype)
+    arguments = (x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, clip, out_dtype)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _FakeQuantize.apply(*arguments)
     if torch.is_grad_enabled() and needs_grad(x, scale, zero_point, offset):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastqat.autograd import apply_fake_quantize, as_rows, flat, from_rows, needs_grad
+from fastqat.autograd import CLIPS, activated, apply_fake_quantize, as_rows, flat, from_rows, needs_grad
 from fastqat.ops import checks
 
 _ops = torch.ops.fastqat
@@ -105,6 +105,7 @@ def fake_quantize(
     grad_scale: float | str | None = None,
     eps: float | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Quantize-dequantize x in one pass, with straight-through gradients for x, scale, zero_point and offset.
@@ -130,6 +131,7 @@ def fake_quantize(
         eps: floor of the scale, with a straight-through gradient. None asks for a positive scale, which is checked
             where that needs no copy from a device.
         out_dtype: floating dtype of the result; None is that of x.
+        activation: "relu" or "relu6" of x comes first, in the same pass where the scale is one of the whole tensor.
         out: tensor to write into, instead of a new one; takes no part in autograd.
 
     Returns:
@@ -149,9 +151,11 @@ def fake_quantize(
         _check_number("grad_scale", grad_scale)
     if out_dtype is not None:
         checks.choice("out_dtype", out_dtype, checks.FLOAT_DTYPES)
+    checks.choice("activation", activation, tuple(CLIPS))
     qrange = qrange_tensor(qmin, qmax, x.device)
     if out is not None:
         checks.float_tensor("out", out)
+        x = activated(x, CLIPS[activation])
         return _into(
             out, _ops.fake_quantize_out, x, scale, zero_point, offset, qrange, axis, group_size, eps, out.dtype
         )
@@ -167,6 +171,7 @@ def fake_quantize(
         ste_mask=ste_mask,
         grad_scale=grad_scale,
         out_dtype=out_dtype,
+        clip=CLIPS[activation],
     )
 
 

@@ -162,7 +162,7 @@ def _grid(quantizer: FakeQuant) -> dict[str, Any]:
 
 def _straight_through(quantizer: FakeQuant, x: Tensor, y: Tensor) -> Tensor:
     """The values of y with a gradient that can be differentiated again, which that of an estimator cannot."""
-    parameters: dict[str, Any] = {"zero_point": quantizer.zero_point, "offset": quantizer.offset}
+    parameters: dict[str, Any] = {"zero_point": quantizer.zero_point, "offset": quantizer.grid_offset()}
     parameters = {name: None if p is None else p.detach() for name, p in parameters.items()}
     through = functional.fake_quantize(
         x, **_grid(quantizer), **parameters, ste_mask=quantizer.ste_mask, out_dtype=y.dtype

@@ -27,6 +27,7 @@ class Options(NamedTuple):
         pact: the scale has the gradient of PACT, which is that of codes from 0 without a zero point.
         code_bits: of the packed codes, which are a second result; 0: none are made.
         seed, tensor_id: of stochastic rounding; tensor_id -1 rounds to nearest.
+        grad_scale: factor on PACT's gradient.
         out_dtype: of the result; None is that of x.
     """
 
@@ -37,6 +38,7 @@ class Options(NamedTuple):
     code_bits: int = 0
     seed: int = 0
     tensor_id: int = -1
+    grad_scale: float | None = None
     out_dtype: torch.dtype | None = None
 
 
@@ -140,7 +142,8 @@ class _FakeQuantizeTensor(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, offset, qrange, step, options, *observed):
         made = quantized(x, Grid(scale, zero_point, offset, qrange), step, options, Observed(*observed), bits=True)
         ctx.save_for_backward(made.inside, made.above, qrange)
-        ctx.layout, ctx.dtype, ctx.pact = (made.y.shape, made.y.stride()), x.dtype, options.pact
+        ctx.layout, ctx.dtype = (made.y.shape, made.y.stride()), x.dtype
+        ctx.pact, ctx.grad_scale = options.pact, options.grad_scale
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(made.codes)
         return made.y, made.codes
@@ -152,6 +155,8 @@ class _FakeQuantizeTensor(torch.autograd.Function):
         # Only a second derivative needs a graph of the backward pass itself.
         run = _Gradients.apply if torch.is_grad_enabled() else _gradients
         dx, dscale = run(g, *ctx.saved_tensors, ctx.layout, ctx.dtype, ctx.pact)
+        if ctx.grad_scale is not None:
+            dscale = dscale * ctx.grad_scale
         return dx, dscale if ctx.pact else None, *(None,) * 9
 
 

@@ -196,7 +196,7 @@ def latent_codes(x: Tensor, quantizer: FakeQuant, channels: Tensor | None = None
     Returns:
         float32 of the shape of x.
     """
-    parameters = [quantizer.scale, quantizer.zero_point, quantizer.offset]
+    parameters = [quantizer.scale, quantizer.zero_point, quantizer.grid_offset()]
     values = [None if p is None else flat(p.detach()) for p in parameters]
     if channels is not None:
         return _on_code_axis(x, [None if p is None else p[channels] for p in values], quantizer, 0)

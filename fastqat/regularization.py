@@ -189,7 +189,7 @@ def _grid(quantizer: FakeQuant) -> dict[str, Any]:
     return {
         "scale": quantizer.scale,
         "zero_point": quantizer.zero_point,
-        "offset": quantizer.offset,
+        "offset": quantizer.grid_offset(),
         "qmin": qmin,
         "qmax": qmax,
         "axis": quantizer.axis,

@@ -119,9 +119,9 @@ class Call:
         self.plan = plan = Plan(constants, device, training)
         self.scales: list[Tensor] = [q.scale for q in quantizers]
         self.shifts: list[Tensor | None] = [q.zero_point if q.offset is None else q.offset for q in quantizers]
-        # Tensors that are new ones in each step: views of weights, ranges that follow the data.
+        # Tensors that are new ones in each step: views of weights, ranges that follow the data, computed offsets.
         several = enumerate(zip(quantizers, views, self.weights, strict=True))
-        self.new = [i for i, (q, x, weight) in several if x is not weight or q.is_following]
+        self.new = [i for i, (q, x, weight) in several if x is not weight or q.is_following or q.count_from == "lowest"]
         steps = [c.step for c in constants]
         thresholds = [threshold_of(q, c) for q, c in zip(quantizers, constants, strict=True)]
         self.thresholds = StepValues(thresholds, steps, plan.none)
@@ -138,6 +138,8 @@ class Call:
             xs[i] = layer.quantized_view(self.weights[i], quantizer)
             if quantizer.is_following:
                 _, scales[i], shifts[i] = quantizer.grid(xs[i])
+            elif quantizer.count_from == "lowest":
+                shifts[i] = quantizer.grid_offset()
         values = apply_multi_tensor(self.plan, xs, scales, shifts, self.thresholds.now(), self.dampenings.now())
         for m, weight, dtype, value in zip(self.members, self.weights, self.dtypes, values, strict=True):
             m.quantizer.keep(Together(weight, dtype, value, forward))

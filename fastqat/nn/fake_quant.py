@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastqat import autograd, multi_tensor
+from fastqat import multi_tensor
+from fastqat.autograd import CLIPS, activated
 from fastqat.nn.calls import NOTHING, Together
+from fastqat.nn.coded import Keep
 from fastqat.nn.items import quantize_alone
+from fastqat.nn.one_pass import quantize_in_one_pass, quantize_with_gradients
 from fastqat.nn.ranged import RangedQuantizer
 from fastqat.nn.spec import QSpec
 from fastqat.nn.tracking import Dampening, Oscillation, Tracker
@@ -39,12 +42,13 @@ class FakeQuant(RangedQuantizer):
         scale: Parameter, float32; zero_point, offset: Parameter or None.
         qrange: int32 [2], qmin and qmax.
         initialized: True once the range is set.
-        fake_quant_enabled: False passes x through unchanged.
-        observer_enabled: False keeps the two min-max ranges from following the data.
+        fake_quant_enabled: False passes x through unchanged, but for its activation function.
+        observer_enabled: False keeps a range that follows the data from doing so.
         tracker: state of oscillation tracking, a :class:`fastqat.nn.tracking.Tracker`; None without it.
         estimator_strength: float32 [1], the parameter of the estimator, which may be changed in place; None for those
             that have none. Of "sigmoid" and "dsq" it is the slope k.
         tensor_id: number of this tensor for stochastic rounding: its place in :func:`fastqat.prepare`.
+        layer_name: of the layer whose input or output this is, for messages; None where nobody said.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted, and what came.
@@ -54,6 +58,7 @@ class FakeQuant(RangedQuantizer):
     ste_mask: str
     estimator: str
     estimator_strength: Any  # Tensor or None
+    activation: str | None
     seed: int
     oscillation: Oscillation | None
     dampening: Dampening | None
@@ -78,8 +83,9 @@ class FakeQuant(RangedQuantizer):
         # Plain attributes: a compiled forward guards only those that it reads, and it never reads the bit-width.
         for name in (field.name for field in fields(spec) if field.name != "estimator_strength"):
             setattr(self, "_bits" if name == "bits" else name, getattr(spec, name))
-        self._is_plain = spec.is_plain
+        self._is_plain, self.has_pact_gradients = spec.is_plain, spec.is_pact
         self.tensor_id = 0
+        self.layer_name: str | None = None
         self.together = NOTHING
         self.fake_quant_enabled = True
         self.observer_enabled = True
@@ -174,19 +180,20 @@ class FakeQuant(RangedQuantizer):
 
     def is_idle(self) -> bool:
         """True if a forward would pass its tensor through and look at nothing."""
-        return not (self.fake_quant_enabled or self._calibrating or self.is_following)
+        return not (self.fake_quant_enabled or self._calibrating or self.is_following or self.activation)
 
     @property
     def is_following(self) -> bool:
         """True if a forward would move the range with the data."""
         return self.range_low is not None and self.observer_enabled and self.training
 
-    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None, keep: Keep | None = None) -> Tensor:
         """Quantize-dequantize x.
 
         Args:
             x: float32, bfloat16 or float16.
             out_dtype: dtype of the result, from the same pass; None is that of x.
+            keep: takes the codes, and saves less for the backward pass, where there is one scale.
 
         Returns:
             Tensor of the shape of x.
@@ -194,34 +201,34 @@ class FakeQuant(RangedQuantizer):
         checks.float_tensor("x", x)
         if isinstance(x, nn.Parameter) and not torch.compiler.is_compiling():
             self.follows(x)
+        clip = CLIPS[self.activation]
         if self._calibrating:
+            x = activated(x, clip)
             self._observe(x)
             return x if out_dtype is None else x.to(out_dtype)
         if not self.initialized:
-            self._initialize(x)
-            if not self.initialized:  # nothing that has a range
-                return x if out_dtype is None else x.to(out_dtype)
-        axis, scale, zero_point = self.grid(x)
-        if not self.fake_quant_enabled:
+            self._initialize(activated(x, clip))
+        ready = self.initialized and self.fake_quant_enabled
+        if ready and self.fits_one_pass() and not torch._C._are_functorch_transforms_active():
+            return quantize_in_one_pass(self, x, clip, out_dtype, keep)
+        x = activated(x, clip)
+        axis, scale, zero_point = self.grid(x) if self.initialized else (None, self.scale, None)
+        if not ready:  # switched off, or there was nothing that has a range
             return x if out_dtype is None else x.to(out_dtype)
         if not self._is_plain:
             if torch._C._are_functorch_transforms_active():
                 wanted = "no estimator, tracking or dampening under a torch.func transform (use fastqat.functional)"
                 checks.fail(NotImplementedError, "FakeQuant", wanted, f"estimator={self.estimator!r}")
             return quantize_alone(self, x, scale, zero_point, axis, out_dtype)
-        return autograd.apply_fake_quantize(
-            x,
-            scale,
-            zero_point,
-            self.offset,
-            self.qrange,
-            axis=axis,
-            group_size=self.group_size,
-            eps=self.eps,
-            ste_mask=self.ste_mask,
-            grad_scale=self.grad_scale,
-            out_dtype=out_dtype,
-        )
+        return quantize_with_gradients(self, x, axis, scale, zero_point, 0.0, out_dtype)
+
+    def fits_one_pass(self) -> bool:
+        """True if :mod:`fastqat.one_tensor` may compute it: one scale, and the straight-through estimator or PACT."""
+        if self.axis is not None:
+            return False
+        is_unsigned = self.signed is False or (self.signed is None and not self.symmetric)
+        from_zero = is_unsigned and self.zero_point is None and not self.is_on_offset_grid
+        return self._is_plain or (self.has_pact_gradients and from_zero)
 
     def checked_axis(self, x: Tensor) -> int | None:
         """The axis in [0, x.dim()), or None; for a tensor that the scale belongs to."""
@@ -233,7 +240,7 @@ class FakeQuant(RangedQuantizer):
         """Axis, scale and zero point for a tensor; a range that follows the data takes it into account."""
         axis = self.checked_axis(x)
         if self.is_following:
-            return axis, *self._follow(x)
+            return axis, *self.grid_for(x)
         return axis, self.scale, self.zero_point
 
     def is_ready(self) -> bool:
@@ -273,18 +280,20 @@ class FakeQuant(RangedQuantizer):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and integer zero point (int32), as torch.ao asks for them."""
         zero_point = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point
+        if self.count_from == "lowest":
+            zero_point = zero_point + self.qrange[1] // 2
         return self.scale.detach(), zero_point.detach().round().clamp(*self.codes).to(torch.int32)
 
     def extra_repr(self) -> str:
         """Bits, codes, grid, granularity and range."""
-        grid = "offset" if self.offset is not None else "symmetric" if self.symmetric else "affine"
         group = "" if self.group_size is None else f", group_size={self.group_size}"
         learn = f", learn={self.learn}" if self.learn else ""
         shape = "?" if is_lazy(self.scale) else list(self.scale.shape)
         state = "initialized" if self.initialized else "not initialized"
+        activation = f"activation={self.activation}, " if self.activation else ""
         return (
-            f"bits={self.bits}, codes={self.codes[0]}..{self.codes[1]}, grid={grid}, axis={self.axis}{group}, "
-            f"range={self.range}{learn}, scale={shape}, {state}"
+            f"bits={self.bits}, codes={self.codes[0]}..{self.codes[1]}, grid={self.grid_kind}, "
+            f"axis={self.axis}{group}, {activation}range={self.range}{learn}, scale={shape}, {state}"
         )
 
 

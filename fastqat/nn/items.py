@@ -46,7 +46,7 @@ def constants_of(quantizer: FakeQuant, x: Tensor, axis: int | None, out_dtype: t
         factor == "lsq",
         None if factor == "lsq" else factor,  # type: ignore[arg-type]  # no other string
         out_dtype,
-        quantizer.offset is not None,
+        quantizer.is_on_offset_grid,
         estimator,
         quantizer.estimator_strength,
         quantizer.seed,
@@ -131,7 +131,7 @@ def quantize_alone(
     constants = constants_of(quantizer, x, axis, out_dtype)
     plan = Plan([constants], x.device, quantizer.training)
     threshold, (weight, factor) = threshold_of(quantizer, constants), dampening_of(quantizer, x)
-    shift = quantizer.offset if constants.offset_grid else zero_point
+    shift = quantizer.grid_offset() if constants.offset_grid else zero_point
     thresholds = [plan.none if threshold is None else value_at(threshold, constants.step)]
     dampenings = [plan.none if weight is None else value_at(weight, constants.step) * factor]
     return apply_multi_tensor(plan, [x], [scale], [shift], thresholds, dampenings)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,32 +10,25 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from fastqat import functional, ranges
+from fastqat.nn.following import FollowingRange
 from fastqat.nn.spec import code_range
-from fastqat.nn.state import QuantizerState
 from fastqat.ops import checks
 
-FOLLOWING = ("minmax", "running_minmax")  # ranges that go on following the data while training, unless learned
+_ops = torch.ops.fastqat
 
 
-class RangedQuantizer(QuantizerState):
+class RangedQuantizer(FollowingRange):
     """Base of :class:`fastqat.FakeQuant`: the parameters of its grid, and what sets them."""
 
-    scale: nn.Parameter
-    zero_point: nn.Parameter | None
     offset: nn.Parameter | None
-    qrange: Tensor
-    range_low: Any  # Tensor, or None where the range does not follow the data
-    range_high: Any
-    observed_step: Any
+    layer_name: str | None
+    _warned_of_no_range: bool
     _bits: int
-    axis: int | None
-    group_size: int | None
     signed: bool | None
     symmetric: bool
     restricted: bool
-    range: str
-    learn: str | None
-    momentum: float
+    count_from: str
+    fixed_range: tuple[float, float] | None
     _sign_from_data: bool
     percentile: float
 
@@ -42,13 +36,44 @@ class RangedQuantizer(QuantizerState):
         super().__init__(device)
         self.initialized = False
         self._estimators: dict[bool, ranges.Estimator] = {}  # signed -> of its codes, while calibrating
-        self._calibrating = False
+        self._calibrating = self._once = False
+        self._warned_of_no_range = False
 
     @property
     def codes(self) -> tuple[int, int]:
         """qmin and qmax."""
+        low, high = self._levels
+        return (0, high - low) if self.count_from == "lowest" else (low, high)
+
+    @property
+    def _levels(self) -> tuple[int, int]:
+        """qmin and qmax where codes count from 0."""
         signed = (self.symmetric or self.restricted) if self.signed is None else self.signed
         return code_range(self._bits, signed, self.restricted)
+
+    @property
+    def is_on_offset_grid(self) -> bool:
+        """True if codes count from an offset: a parameter, or the lowest value of the grid."""
+        return self.offset is not None or self.count_from == "lowest"
+
+    @property
+    def grid_kind(self) -> str:
+        """What a reader is told of the grid."""
+        if self.count_from == "lowest":
+            return "symmetric from the lowest"
+        return "offset" if self.offset is not None else "symmetric" if self.symmetric else "affine"
+
+    def grid_offset(self) -> Tensor | None:
+        """The offset of the grid, float32 like the scale, with its gradient; None on the zero-point grid.
+
+        Where codes count from the lowest value of the grid, that is -q * max(scale, eps), with 2q the highest code: the
+        offset passes its gradient on to the scale.
+        """
+        if self.count_from == "zero":
+            return self.offset
+        # A scale below its floor keeps its gradient, as it does in the kernels.
+        scale = torch.where(self.scale < self.eps, self.scale - self.scale.detach() + self.eps, self.scale)
+        return scale * (self.qrange[1] * -0.5)
 
     def _write_codes(self) -> None:
         self.qrange.copy_(torch.tensor(self.codes, dtype=torch.int32, device=self.qrange.device))
@@ -62,8 +87,6 @@ class RangedQuantizer(QuantizerState):
             options: Any = {"requires_grad": name in learned, "device": device, "dtype": torch.float32}
             lazy: Any = UninitializedParameter(**options) if wanted else None
             self.register_parameter(name, lazy)
-        for name in ("range_low", "range_high", "observed_step"):
-            self.register_buffer(name, None)
         if self.axis is None and channels is not None:
             checks.fail(ValueError, "channels", "none with axis=None (one scale per tensor)", channels)
         elif self.axis is None:
@@ -81,17 +104,22 @@ class RangedQuantizer(QuantizerState):
             if isinstance(p, UninitializedParameter):
                 p.materialize(shape, device=device, dtype=torch.float32)
                 nn.init.constant_(p, 1.0 if name == "scale" else 0.0)
-        if self.range in FOLLOWING and self.learn is None and self.range_low is None:
-            self.range_low = torch.zeros(shape, dtype=torch.float32, device=device)
-            self.range_high = torch.zeros(shape, dtype=torch.float32, device=device)
-            self.observed_step = torch.full((1,), -1, dtype=torch.int64, device=device)
+        self._make_range(shape, device)
 
     def has_given_range(self) -> bool:
         """True for range="fixed"."""
         return self.range == "fixed"
 
     def _set_fixed(self, scale: Tensor | None, zero_point: Tensor | None) -> None:
-        if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.dim() < 1:
+        if self.fixed_range is not None:
+            if scale is not None or zero_point is not None:
+                checks.fail(ValueError, "scale, zero_point", "none beside fixed_range", "values")
+            if self._sign_from_data:
+                self.signed = self.fixed_range[0] < 0
+                self._write_codes()
+            low, high = torch.tensor(self.fixed_range, device=self.qrange.device).view(2, 1)
+            self.set_grid(*ranges.grid_from_range(low, high, *self._levels, self.symmetric))
+        elif not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.dim() < 1:
             wanted = "a float32 tensor of shape [1], [C] or [C, groups] for range='fixed'"
             checks.fail(ValueError, "scale", wanted, scale)
         elif (zero_point is None) == (not self.symmetric):
@@ -122,15 +150,52 @@ class RangedQuantizer(QuantizerState):
             self.zero_point.copy_(zero_point)
         if self.offset is not None and zero_point is not None:
             self.offset.copy_(-scale * zero_point)
+        if self.range_low is not None:
+            self._begin_range(*self._bounds_of(scale, zero_point))
         self.initialized = True
 
-    def begin_calibration(self) -> None:
-        """From now on every forward only observes, until :meth:`end_calibration` sets the range."""
-        self._calibrating, self._estimators = True, {}
+    def _bounds_of(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The range that this grid is made of, from which a range that follows the data goes on."""
+        qmin, qmax = self.codes
+        if self.symmetric or zero_point is None:
+            high = scale * max(qmax, 1)  # signed codes of 1 bit are -1 and 0
+            return (-high if qmin < 0 else torch.zeros_like(high)), high
+        return scale * (qmin - zero_point), scale * (qmax - zero_point)
 
-    def end_calibration(self) -> bool:
-        """Set the range from what was observed; False if no finite value was."""
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Set the range by hand from its bounds, as tensors with these extreme values would under range="minmax".
+
+        Args:
+            low, high: float32 of the shape of ``self.scale``; a negative one makes the codes signed where the data
+                decide.
+
+        Raises:
+            ValueError: wrong shape.
+        """
+        signed = bool((low < 0).any()) if self._sign_from_data else self._levels[0] < 0
+        bounds = ranges.MinMax(self._grid_spec(signed))
+        bounds.low, bounds.high = low, high
+        self._estimators = {signed: bounds}
+        self.end_calibration()
+
+    def begin_calibration(self, once: bool = False) -> None:
+        """From now on every forward only observes, until :meth:`end_calibration` sets the range.
+
+        Args:
+            once: it will observe one tensor alone.
+        """
+        self._calibrating, self._estimators, self._once = True, {}, once
+
+    def end_calibration(self, across_processes: bool = False) -> bool:
+        """Set the range from what was observed; False if no finite value was.
+
+        Args:
+            across_processes: in this process and all others, each of which does the same.
+        """
         estimators, self._calibrating, self._estimators = self._estimators, False, {}
+        if across_processes:
+            estimators = ranges.joined(estimators, self.qrange.device)
         if not estimators:
             return False
         signed, estimator = next(iter(estimators.items()))
@@ -139,9 +204,8 @@ class RangedQuantizer(QuantizerState):
             self._write_codes()
         self.set_grid(*estimator.grid())
         if isinstance(estimator, ranges.MinMax) and self.range_low is not None:
-            self.range_low.copy_(estimator.low)
-            self.range_high.copy_(estimator.high)
-            self.observed_step.copy_(self.step)
+            assert estimator.low is not None and estimator.high is not None  # as its grid
+            self._begin_range(estimator.low, estimator.high)
         return True
 
     def _observe(self, x: Tensor) -> None:
@@ -152,7 +216,7 @@ class RangedQuantizer(QuantizerState):
         if not self._estimators:
             self._take_shape(x)
             # Where the data decide the sign, both are estimated until a negative value rules one out.
-            signs = (False, True) if self._sign_from_data else (self.codes[0] < 0,)
+            signs = (False, True) if self._sign_from_data else (self._levels[0] < 0,)
             self._estimators = {signed: self._estimator(signed) for signed in signs}
         if self._sign_from_data and low < 0:
             self._estimators.pop(False, None)
@@ -160,54 +224,45 @@ class RangedQuantizer(QuantizerState):
             estimator.observe(x)
 
     def _estimator(self, signed: bool) -> ranges.Estimator:
+        name = "running_minmax" if self.range == "in_hindsight" else self.range
+        spec = self._grid_spec(signed)
+        return ranges.estimator(name, spec, momentum=self.momentum, percentile=self.percentile, once=self._once)
+
+    def _grid_spec(self, signed: bool) -> ranges.GridSpec:
         codes = code_range(self._bits, signed, self.restricted)
-        grid = ranges.GridSpec(self.axis, self.group_size, *codes, self.symmetric)
-        return ranges.estimator(self.range, grid, momentum=self.momentum, percentile=self.percentile)
+        return ranges.GridSpec(self.axis, self.group_size, *codes, self.symmetric)
 
     def _take_shape(self, x: Tensor) -> None:
         self.materialize(checks.scale_shape(x, checks.normalized_axis(x, self.axis), self.group_size), x.device)
 
     def _initialize(self, x: Tensor) -> None:
         """Set the range from the first tensor that has a finite value other than 0: zeros say nothing of the scale."""
+        if self.range == "in_hindsight" and not self.training:
+            self._warn_of_no_range()
+            return
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "FakeQuant: wanted an initialized range before compilation; got the first tensor inside a compiled "
                 "forward. Call the module once eagerly, or fastqat.calibrate(model, batches); a weight of zeros has a "
                 "range after the first step that changes it, or by set_grid."
             )
-        if not x.numel():
+        if not (x.numel() or self.sync_range):  # where others wait, one that has nothing still answers
             return
         self._take_shape(x)
-        extremes = torch.stack(functional.minmax(x))
+        low, high = self.merge_ranks(*functional.minmax(x))
+        extremes = torch.stack([low, high])
         if not (extremes.isfinite() & (extremes != 0)).any():
             return
-        self.begin_calibration()
-        self._observe(x)
+        self.begin_calibration(once=True)
+        self._observe(extremes if self.sync_range else x)
         self.end_calibration()
 
-    @torch.no_grad()
-    def _follow(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Grid of the data so far, for the ranges that follow it: device operations only.
-
-        Time is an optimizer step: a quantizer that follows a weight takes the first tensor of a step, so that a forward
-        that is computed again sees the same range. Returns new tensors; what earlier forwards saved stays as it was.
-        """
-        low, high = functional.minmax(x.detach(), axis=self.axis, group_size=self.group_size)
-        momentum = self.momentum if self.range == "running_minmax" else 0.0
-        low = ranges.moving_average(self.range_low, low, momentum)
-        high = ranges.moving_average(self.range_high, high, momentum)
-        if self.tracked:
-            fresh = self.step > self.observed_step
-            low, high = torch.where(fresh, low, self.range_low), torch.where(fresh, high, self.range_high)
-        qmin, qmax = self.qrange.unbind()
-        scale, zero_point = ranges.grid_from_range(low, high, qmin, qmax, self.symmetric)
-        for kept, new in (
-            (self.range_low, low),
-            (self.range_high, high),
-            (self.observed_step, self.step),
-            (self.scale, scale),
-            (self.zero_point, zero_point),
-        ):
-            if kept is not None:
-                kept.copy_(new)
-        return scale, zero_point if self.zero_point is not None else None
+    def _warn_of_no_range(self) -> None:
+        if not self._warned_of_no_range:
+            self._warned_of_no_range = True
+            warnings.warn(
+                f"quantizer of layer {self.layer_name or '?'!r}: wanted a range before evaluation; got none: it has "
+                "seen no tensor in training, and range='in_hindsight' takes none from evaluation: its tensors stay as "
+                "they are. Train a step, or call fastqat.calibrate(model, batches)",
+                stacklevel=4,
+            )

@@ -112,10 +112,10 @@ def _choice(layer: nn.Module, config: QConfig, first_last_bits: int | None, edge
 
 
 def _for_kind(layer: nn.Module, config: QConfig) -> QConfig | None:
-    """Without an activation where the layer has none to quantize; None if nothing is left."""
+    """Without activation and gradient where the layer has none to quantize; None if nothing is left."""
     if not twin_type(layer).takes_activation:
-        config = replace(config, activation=None)
-    return None if config.weight is None and config.activation is None else config
+        config = replace(config, activation=None, gradient=None)
+    return None if config.weight is config.activation is config.gradient is None else config
 
 
 def _overridden(layer: nn.Module, base: Choice, pattern: str, override: Override) -> Choice:
@@ -138,7 +138,10 @@ def _overridden(layer: nn.Module, base: Choice, pattern: str, override: Override
 def _changed(config: QConfig, changes: dict[str, Any]) -> QConfig:
     weight = config.weight and replace(config.weight, **changes)
     of_both = {name: value for name, value in changes.items() if name not in WEIGHT_OPTIONS}
-    return replace(config, weight=weight, activation=config.activation and replace(config.activation, **of_both))
+    activation = config.activation and replace(config.activation, **of_both)
+    of_gradient = {name: value for name, value in changes.items() if name == "bits"}
+    gradient = config.gradient and replace(config.gradient, **of_gradient)
+    return replace(config, weight=weight, activation=activation, gradient=gradient)
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fastqat import ranges
+from fastqat.autograd import CLIPS
+from fastqat.nn.gradient import GradientQSpec
 from fastqat.nn.tracking import Dampening, Oscillation
 from fastqat.ops import checks
 from fastqat.ops.estimators import ESTIMATORS
 
 WEIGHT_OPTIONS = ("oscillation", "dampening")
+FOLLOWING = ("minmax", "running_minmax", "in_hindsight")
 LEARN = (None, "scale", "scale+zero_point", "scale+offset")
 
 
@@ -25,12 +29,23 @@ class QSpec:
             set the range: signed if one has a negative value; an affine grid is unsigned.
         symmetric: no zero point.
         restricted: signed codes from -(2^(b-1)-1), so that the grid is symmetric about 0.
-        range: "mse", "minmax", "running_minmax", "percentile", or "fixed" (the user gives the scale). The two min-max
-            ranges follow the data while training, unless the scale is learned.
+        count_from: "zero"; or "lowest", for a restricted grid: codes from 0 to 2^b-2, which count from its lowest
+            value -q s with q = 2^(b-1)-1, so that halves go to even w/s + q instead of even w/s (LBT).
+        range: "mse", "minmax", "running_minmax", "percentile", "sqnr", "cross_entropy" (of logits, axis=None),
+            "in_hindsight", or "fixed" (the user gives the scale, or fixed_range); where learning begins, on a
+            symmetric grid: "std", 3 standard deviations (LBT), and "mean_abs", 2 mean|x| / sqrt(qmax) for the scale
+            (LSQ). See :mod:`fastqat.ranges`.
+            The two min-max ranges and "in_hindsight" follow the data while training, unless the scale is learned.
+            "in_hindsight" is "running_minmax" of the steps before: known before the tensor is, whose extremes the
+            quantization itself gathers.
+        fixed_range: lowest and highest value for range="fixed", of one scale, which may be learned from there on.
         learn: None, "scale" (LSQ), "scale+zero_point", or "scale+offset" (LSQ+, on the offset grid).
         grad_scale: factor on the gradients of the learned parameters: None, a number, or "lsq".
         ste_mask: "rounded" or "unrounded", see :func:`fastqat.functional.fake_quantize`.
-        momentum: of "running_minmax".
+        momentum: of "running_minmax" and "in_hindsight".
+        sync_range: a range that follows the data takes in those of all processes (torch.distributed, where it is
+            initialized), which then call the quantizer equally often; needs axis=None. Otherwise a range is local, and
+            DistributedDataParallel, which sends buffers round, makes it that of the first process.
         percentile: of "percentile".
         eps: floor of the scale.
         estimator: of the gradient of rounding: "ste", "ewgs", "sigmoid", "dsq", "psg", "pact", or "stochastic"
@@ -40,6 +55,7 @@ class QSpec:
         seed: of stochastic rounding.
         oscillation: what to track and freeze; for weights.
         dampening: the pull to the middle of the bins; for weights.
+        activation: "relu" or "relu6" of a tensor comes before its quantization, in the same pass; for activations.
 
     Raises:
         TypeError, ValueError: naming the option, what was wanted, and what came.
@@ -63,24 +79,42 @@ class QSpec:
     seed: int = 0
     oscillation: Oscillation | None = None
     dampening: Dampening | None = None
+    activation: str | None = None
+    sync_range: bool = False
+    count_from: str = "zero"
+    fixed_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         checks.bit_width(self.bits, lowest=2 if self.restricted else 1)
         for name, value in (("axis", self.axis), ("group_size", self.group_size)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 checks.fail(TypeError, name, "None or an int", repr(value))
-        checks.choice("range", self.range, (*ranges.ESTIMATORS, "fixed"))
+        checks.choice("range", self.range, (*ranges.ESTIMATORS, *ranges.OF_LOGITS, "in_hindsight", "fixed"))
         checks.choice("learn", self.learn, LEARN)
         checks.choice("ste_mask", self.ste_mask, ("rounded", "unrounded"))
+        checks.choice("activation", self.activation, tuple(CLIPS))
         if isinstance(self.grad_scale, str):
             checks.choice("grad_scale", self.grad_scale, ("lsq",))
         if self.restricted and (self.signed is False or not self.symmetric):
             got = f"signed={self.signed}, symmetric={self.symmetric}"
             checks.fail(ValueError, "restricted", "a signed symmetric grid", got)
+        checks.choice("count_from", self.count_from, ("zero", "lowest"))
+        if self.count_from == "lowest" and (not self.restricted or self.learn == "scale+offset" or self.follows_data):
+            got = f"restricted={self.restricted}, range={self.range!r}, learn={self.learn!r}"
+            checks.fail(ValueError, "count_from='lowest'", "a restricted grid that does not follow the data", got)
+        self._check_fixed_range()
+        if self.range in ranges.SYMMETRIC and not self.symmetric:
+            checks.fail(ValueError, "range", f"a symmetric grid with {self.range!r}", "symmetric=False")
         if self.symmetric and self.learn == "scale+zero_point":
             checks.fail(ValueError, "learn", "symmetric=False beside 'scale+zero_point'", "symmetric=True")
+        if self.range in ranges.OF_LOGITS and self.axis is not None:
+            wanted = f"axis=None beside range={self.range!r}, which compares logits with one another"
+            checks.fail(ValueError, "axis", wanted, self.axis)
         if self.group_size is not None and self.axis is None:
             checks.fail(ValueError, "group_size", "an axis beside it", f"group_size={self.group_size}, axis=None")
+        if self.sync_range and not (self.follows_data and self.axis is None):
+            got = f"range={self.range!r}, learn={self.learn!r}, axis={self.axis}"
+            checks.fail(ValueError, "sync_range", f"one of {FOLLOWING} that is not learned, and axis=None", got)
         if not 0 <= self.momentum < 1:
             checks.fail(ValueError, "momentum", "0 <= momentum < 1", self.momentum)
         if not 50 < self.percentile <= 100:
@@ -95,6 +129,18 @@ class QSpec:
             wanted = "another estimator beside a freeze_threshold: codes that are drawn anew in each step oscillate"
             got = f"estimator='stochastic' with freeze_threshold={self.oscillation.freeze_threshold}"
             checks.fail(ValueError, "estimator", wanted, got)
+
+    def _check_fixed_range(self) -> None:
+        if self.fixed_range is None:
+            return
+        if self.range != "fixed" or self.axis is not None:
+            got = f"range={self.range!r}, axis={self.axis}"
+            checks.fail(ValueError, "fixed_range", "range='fixed' and axis=None beside it", got)
+        low, high = self.fixed_range
+        if not (-math.inf < low <= 0 <= high < math.inf and low < high):
+            checks.fail(ValueError, "fixed_range", "finite bounds, low <= 0 <= high and low < high", self.fixed_range)
+        if low < 0 and self.signed is False and self.symmetric:
+            checks.fail(ValueError, "fixed_range", "no negative values for signed=False", self.fixed_range)
 
     def _check_estimator(self) -> None:
         checks.choice("estimator", self.estimator, tuple(ESTIMATORS))
@@ -114,9 +160,20 @@ class QSpec:
             checks.fail(ValueError, "estimator_strength", f"{wanted} for estimator={self.estimator!r}", strength)
 
     @property
+    def follows_data(self) -> bool:
+        """True if the range goes on following the data while training."""
+        return self.range in FOLLOWING and self.learn is None
+
+    @property
     def is_plain(self) -> bool:
         """True for the straight-through estimator alone, which the ops on one tensor compute."""
         return self.estimator == "ste" and self.oscillation is None and self.dampening is None
+
+    @property
+    def is_pact(self) -> bool:
+        """True for the gradients of PACT alone, which two bits of each element give where codes count from 0."""
+        alone = self.oscillation is None and self.dampening is None
+        return alone and self.estimator == "pact" and self.grad_scale != "lsq"
 
 
 def code_range(bits: int, signed: bool, restricted: bool) -> tuple[int, int]:
@@ -128,12 +185,13 @@ def code_range(bits: int, signed: bool, restricted: bool) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class QConfig:
-    """Quantizers of a layer: of its weight and of its activation; None leaves that tensor in float.
+    """Quantizers of a layer: of its weight, its activation and its gradient; None leaves that tensor in float.
 
     Args:
         weight: its axis 0 is that of the output channels, whatever the layer; in an embedding that of the rows.
         activation: one quantizer per layer.
         activation_on: "input" or "output" of the layer.
+        gradient: of the layer's output, as both products of its backward pass take it; not in an embedding.
 
     Raises:
         TypeError, ValueError: naming the option, what was wanted, and what came.
@@ -142,11 +200,16 @@ class QConfig:
     weight: QSpec | None = QSpec(axis=0)
     activation: QSpec | None = QSpec()
     activation_on: str = "input"
+    gradient: GradientQSpec | None = None
 
     def __post_init__(self) -> None:
         for name in ("weight", "activation"):
             if not isinstance(getattr(self, name), (QSpec, type(None))):
                 checks.fail(TypeError, name, "a QSpec or None", repr(getattr(self, name)))
+        if not isinstance(self.gradient, (GradientQSpec, type(None))):
+            checks.fail(TypeError, "gradient", "a GradientQSpec or None", repr(self.gradient))
+        if self.weight is not None and self.weight.activation is not None:
+            checks.fail(ValueError, "weight", "a QSpec without activation, which is for activations", "one with it")
         for name in WEIGHT_OPTIONS:
             if self.activation is not None and getattr(self.activation, name) is not None:
                 checks.fail(ValueError, "activation", f"a QSpec without {name}, which is for weights", "one with it")

@@ -1,0 +1,132 @@
+"""The quantizers of the literature, as options of :class:`fastqat.QSpec`; all of them can be changed by keyword."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastqat.nn.spec import QSpec
+
+
+def lsq(bits: int, **options: Any) -> QSpec:
+    """LSQ: the scale is learned, its gradient divided by sqrt(N * qmax), where N elements share it.
+
+    For weights and activations; the first tensors say whether codes are signed, and set the scale to 2 mean|x| /
+    sqrt(qmax) (range="mean_abs"). What equals an end of the range counts as inside, where the paper counts it outside.
+
+    Args:
+        bits: 1 to 8.
+        options: others of QSpec.
+
+    Source: Esser et al., Learned Step Size Quantization (1902.08153), sections 2.1 and 2.2.
+    """
+    return _spec(options, bits=bits, learn="scale", grad_scale="lsq", ste_mask="unrounded", range="mean_abs")
+
+
+def lsq_plus(bits: int, **options: Any) -> QSpec:
+    """LSQ+ of activations: scale and offset are learned, both with the gradient factor of LSQ.
+
+    The range begins where the squared error is least (range="mse").
+
+    Args:
+        bits: 1 to 8.
+        options: others of QSpec.
+
+    Source: Bhalgat et al., LSQ+ (2004.09576), section 3.
+    """
+    return _spec(
+        options, bits=bits, symmetric=False, learn="scale+offset", grad_scale="lsq", ste_mask="unrounded", range="mse"
+    )
+
+
+def pact(bits: int, alpha: float | None = 6.0, **options: Any) -> QSpec:
+    """PACT of activations: clipped to [0, alpha], where alpha is learned from what lies above it alone.
+
+    The parameter is scale = alpha / (2^bits - 1), and its gradient 2^bits - 1 times that of alpha. What equals alpha
+    passes its gradient to x, where the paper gives it to alpha. The penalty of the paper on alpha is weight decay.
+
+    Args:
+        bits: 1 to 8.
+        alpha: where it begins; None is the range of the first tensors (range="mse").
+        options: others of QSpec.
+
+    Source: Choi et al., PACT (1805.06085), section 3.
+    """
+    return _spec(options, **_clipped(bits, alpha), estimator="pact")
+
+
+def cg_pact(bits: int, alpha: float | None = 6.0, **options: Any) -> QSpec:
+    """PACT with the gradient of alpha that rounding has, too: q(x / alpha) - x / alpha below alpha.
+
+    It is LSQ's without its factor, times 2^bits - 1.
+
+    Args:
+        bits, alpha, options: as for :func:`pact`.
+
+    Source: Jin et al., Towards Efficient Training for Neural Network Quantization (1912.10207).
+    """
+    return _spec(options, **_clipped(bits, alpha))
+
+
+def dorefa_activation(bits: int, **options: Any) -> QSpec:
+    """DoReFa of activations: clipped to [0, 1] and rounded to 2^bits levels; nothing is learned.
+
+    Args:
+        bits: 1 to 8.
+        options: others of QSpec.
+
+    Source: Zhou et al., DoReFa-Net (1606.06160), section 2.4.
+    """
+    return _spec(options, bits=bits, signed=False, ste_mask="unrounded", range="fixed", fixed_range=(0.0, 1.0))
+
+
+def lbt_weight(bits: int, **options: Any) -> QSpec:
+    """Weights of LBT: 2^bits - 1 levels on [-b, b] counted from -b, with b learned from 3 standard deviations on.
+
+    The parameter is scale = b / (2^(bits-1) - 1), and its gradient 2^(bits-1) - 1 times that of b.
+
+    Args:
+        bits: 2 to 8.
+        options: others of QSpec.
+
+    Source: Kim et al., Toward INT4 Fixed-Point Training via Exploring Quantization Error for Gradients (ECCV 2024);
+    Lee et al., EWGS (2104.00903).
+    """
+    return _spec(
+        options,
+        bits=bits,
+        restricted=True,
+        count_from="lowest",
+        learn="scale",
+        ste_mask="unrounded",
+        range="std",
+    )
+
+
+def lbt_activation(bits: int, *, signed: bool | None = None, **options: Any) -> QSpec:
+    """Activations of LBT: 2^bits levels on [0, b], with b learned from 3 std(x) / sqrt(1 - 2/pi) on.
+
+    The divisor makes the standard deviation that of the normal distribution whose positive half x has.
+
+    Args:
+        bits: 1 to 8; from 2 on where signed.
+        signed: True for the grid of :func:`lbt_weight`, for tensors with negative values. None leaves it to the first
+            tensors: where one has a negative value, the grid has a level more, -2^(bits-1), and halves go to even codes
+            counted from 0.
+        options: others of QSpec.
+
+    Source: as for :func:`lbt_weight`.
+    """
+    if signed:
+        return lbt_weight(bits, **options)
+    return _spec(options, bits=bits, signed=signed, learn="scale", ste_mask="unrounded", range="std")
+
+
+def _clipped(bits: int, alpha: float | None) -> dict[str, Any]:
+    """Options of a learned range [0, alpha]."""
+    start = {"range": "mse"} if alpha is None else {"range": "fixed", "fixed_range": (0.0, alpha)}
+    return {"bits": bits, "signed": False, "learn": "scale", "ste_mask": "unrounded", **start}
+
+
+def _spec(options: dict[str, Any], **recipe: Any) -> QSpec:
+    """The recipe with what the user changes of it."""
+    return QSpec(**{**recipe, **options})
