@@ -1,7 +1,8 @@
 """Benchmark on a GPU: ``python benchmarks/bench_gpu.py kernels weights sizes steps --json FILE``. See docs/gpu.md.
 
-Four groups, each in a module of its own: kernels against a copy (``gpu_kernels``), all weights of a MobileNetV2
-(``gpu_weights``), four sizes against the peers (``gpu_sizes``), a step of a ResNet-50 (``gpu_steps``).
+Five groups, each in a module of its own: kernels against a copy (``gpu_kernels``), activations and gradients with one
+scale (``gpu_activations``), all weights of a MobileNetV2 (``gpu_weights``), four sizes against the peers
+(``gpu_sizes``), a step of a ResNet-50 (``gpu_steps``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import sys
 from pathlib import Path
 
-ROUNDS = {"kernels": 60, "weights": 60, "sizes": 30, "steps": 15}
+ROUNDS = {"kernels": 60, "activations": 60, "weights": 60, "sizes": 30, "steps": 15}
 
 
 def main() -> int:

@@ -201,25 +201,32 @@ FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& 
   return {dx, number ? g * slope : 0.0f, number ? outside : 0.0f};
 }
 
-// Four 32-bit numbers of one counter.
+// Four 32-bit numbers: a counter, and what becomes of it.
 struct Philox {
+  static constexpr uint32_t kRounds = 10, kFactor0 = 0xD2511F53u, kFactor1 = 0xCD9E8D57u;
   uint32_t lane[4];
+
+  static FASTQAT_INLINE uint32_t key0(uint64_t seed, uint32_t round) {
+    return static_cast<uint32_t>(seed) + round * 0x9E3779B9u;
+  }
+  static FASTQAT_INLINE uint32_t key1(uint64_t seed, uint32_t round) {
+    return static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u;
+  }
+
+  FASTQAT_INLINE void next(uint64_t seed, uint32_t round) {
+    uint64_t p0 = static_cast<uint64_t>(kFactor0) * lane[0], p1 = static_cast<uint64_t>(kFactor1) * lane[2];
+    lane[0] = static_cast<uint32_t>(p1 >> 32) ^ lane[1] ^ key0(seed, round);
+    lane[1] = static_cast<uint32_t>(p1);
+    lane[2] = static_cast<uint32_t>(p0 >> 32) ^ lane[3] ^ key1(seed, round);
+    lane[3] = static_cast<uint32_t>(p0);
+  }
 };
 
 // Philox4x32-10 (Salmon et al., SC 2011): key = seed, counter = (block low, block high, step, tensor id).
 FASTQAT_INLINE Philox philox(uint64_t seed, uint64_t block, uint32_t step, uint32_t tensor_id) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32), c2 = step, c3 = tensor_id;
-  for (int round = 0; round < 10; ++round) {
-    uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0, p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key0;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key1;
-    c3 = static_cast<uint32_t>(p0);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
+  Philox numbers{{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), step, tensor_id}};
+  for (uint32_t round = 0; round < Philox::kRounds; ++round) numbers.next(seed, round);
+  return numbers;
 }
 
 // In [0, 1), a multiple of 2^-24.

@@ -8,9 +8,10 @@ namespace fastqat {
 
 FASTQAT_INLINE bool is_finite(float v) { return v - v == 0.0f; }
 
-// momentum * old + rest * now; a bound that is not finite comes from no data and does not count. rest: 1 - momentum
+// momentum * old + rest * now; a bound that is not finite comes from no data and does not count. What comes again as it
+// was is its own average, without rounding. rest: 1 - momentum
 FASTQAT_INLINE float moving_average(float old, float now, float momentum, float rest) {
-  if (!is_finite(now)) return old;
+  if (!is_finite(now) || old == now) return old;
   return is_finite(old) ? momentum * old + rest * now : now;
 }
 

@@ -21,6 +21,9 @@ CONFORMANCE = (
     "tests/test_multi_tensor.py",
     "tests/test_multi_tensor_gradients.py",
     "tests/test_range_search.py",
+    "tests/test_one_tensor.py",
+    "tests/test_one_tensor_edges.py",
+    "tests/test_range_steps.py",
 )
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-rfEs", "--maxfail=25", "--tb=short")
 
@@ -168,7 +171,7 @@ def all_parts(facts: Facts, results: Path) -> list[Part]:
     """The parts in order."""
     rehearse = facts["rehearse"]
     build = (sys.executable, "setup.py", "build_ext", "--inplace")
-    once = (sys.executable, "benchmarks/bench_gpu.py", "weights", "steps", "--once")
+    once = (sys.executable, "benchmarks/bench_gpu.py", "activations", "weights", "steps", "--once")
     return [
         Part("build", build, 110, 1, needs_gpu, of_build),
         conformance("cuda", 2, 2, rehearse),
@@ -180,7 +183,8 @@ def all_parts(facts: Facts, results: Path) -> list[Part]:
         # The cache of torch.compile is filled while the tests run: the benchmark then finds its kernels there.
         Part("compile", once, 100, 2, needs_cores, of_command),
         benchmark("kernels", 25, 3, results),
-        benchmark("weights", 60, 4, results),
-        benchmark("sizes", 45, 5, results),
-        benchmark("steps", 90, 6, results),
+        benchmark("activations", 25, 4, results),
+        benchmark("weights", 60, 5, results),
+        benchmark("sizes", 45, 6, results),
+        benchmark("steps", 90, 7, results),
     ]

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 os.environ.setdefault("TRITON_INTERPRET", "0")
 
 import cases
+import one_tensor_cases as one
 import torch
 from cases import Call, GridCase, grid_call, random
 from gpu_device import DEVICE, REHEARSAL
@@ -22,6 +23,7 @@ from many_tensors import STATE, assert_same, move, quantize, walking
 from oracle import assert_results
 from test_conformance import GRID_OPS, PLAIN_OPS, expected, moved
 from test_multi_tensor_gradients import test_gradients_of_many_tensors_are_those_of_each
+from test_one_tensor import arguments_of, before, random_bits
 
 import fastqat
 from fastqat.ops import multi_tensor, schema
@@ -62,6 +64,37 @@ def run(op: str, call: Call) -> None:
     assert_results(schema.OPS[op].results, [r.cpu() for r in results], wants, call.arguments, f"{op} {call.label}")
 
 
+def one_tensor() -> Iterator[tuple[int, one.Case]]:
+    """Calls of the ops on one tensor: every ninth, of all dtypes, and one of several blocks for each."""
+    for dtype in cases.DTYPES:
+        wide = next(wide_cases())
+        wide = wide._replace(x=random((8191,), 3).to(dtype), scale=wide.scale[:1], axis=None)
+        few = list(one.all_cases(dtype, few=True))
+        yield from enumerate([one.varied(wide, 8), one.varied(wide, 9), one.plain(wide, 0), *few[::9]])
+
+
+def run_one_tensor(number: int, case: one.Case) -> None:
+    """Forward, the values of random codes, and backward from random bits."""
+    wants, results = one.fake_quantize_tensor(case), []
+    for name, want in zip(one.RESULTS, wants, strict=True):
+        held = before(name, case, want)
+        results.append((torch.empty_like(want) if held is None else held).to(DEVICE))
+    arguments = arguments_of(case, DEVICE)
+    torch.ops.fastqat.fake_quantize_tensor(*arguments, *results)
+    assert_results(one.RESULTS, [r.cpu() for r in results], wants, case.grid[1:], case.label)
+    x = case.grid.x
+    packed, g, dx = random_bits(x.numel() * 4, number), random(tuple(x.shape), 5), torch.empty_like(x, device=DEVICE)
+    inside, above = random_bits(x.numel(), number), random_bits(x.numel(), number + 1)
+    torch.ops.fastqat.dequantize_tensor(packed.to(DEVICE), *arguments[1:6], 4, dx)
+    want = one.dequantize_tensor(packed, case.grid, 4, x.dtype)
+    assert_results(("y",), [dx.cpu()], (want,), case.grid[1:], case.label)
+    there = [t.to(DEVICE) for t in (g, inside, above, case.grid.qrange)]
+    dscale = torch.empty(1, device=DEVICE)
+    torch.ops.fastqat.fake_quantize_tensor_backward(*there, dx, dscale)
+    law = one.fake_quantize_tensor_backward(g, inside, above, int(case.grid.qrange[1]), torch.empty_like(x), True)
+    assert_results(("dx", "dscale"), [dx.cpu(), dscale.cpu()], law, (g,), case.label)
+
+
 def walk() -> None:
     """Some steps of many tensors with tracking and freezing, against the definition."""
     weights, limits = walking(DEVICE)
@@ -85,6 +118,10 @@ def main() -> None:
     walk()
     test_gradients_of_many_tensors_are_those_of_each("cpu" if REHEARSAL else "cuda")
     print(f"many tensors were right after {time.monotonic() - start:.1f} s", flush=True)
+    for number, case in one_tensor():
+        run_one_tensor(number, case)
+        count += 1
+    print(f"{count} calls with one scale were right after {time.monotonic() - start:.1f} s", flush=True)
     calls = {op: grid_calls(op) for op in GRID_OPS}
     calls |= {op: itertools.islice(cases.plain_calls(op, few=True), 0, None, 5) for op in PLAIN_OPS}
     for row in itertools.zip_longest(*calls.values()):

@@ -94,13 +94,14 @@ void run(std::vector<Job>& jobs, const Device& device, const Tensor& where) {
 
 }  // namespace
 
-void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, double clip, Tensor dx,
-                                Tensor dscale, Tensor dshift) {
+void fake_quantize_backward_out(Tensor g, Tensor x, FASTQAT_GRID, bool rounded_mask, bool lsq_grad_scale, double clip,
+                                Tensor dx, Tensor dscale, Tensor dshift) {
   Device device(x);
   std::vector<Job> jobs;
   jobs.emplace_back(g, x, DeviceGrid(scale, zero_point, offset, qrange, eps), axis, kNoNoise, dx);
   jobs[0].sum(dscale, dshift, lsq_grad_scale);
   jobs[0].entry().rounded_mask = rounded_mask;
+  jobs[0].entry().clip = static_cast<float>(clip);
   run(jobs, device, x);
 }
 

@@ -10,8 +10,9 @@
 namespace fastqat::cuda {
 namespace {
 
-// kKind: plain; damped: words and dampening; stochastic: all that there is, an element at a time.
-template <class X, class G, Kind kKind, bool kRounded>
+// kKind: plain; damped: words and dampening; stochastic: all that there is, an element at a time. kClips: x may be
+// clipped first.
+template <class X, class G, Kind kKind, bool kRounded, bool kClips>
 struct Gradients {
   using Sums = TwoSums;
   static constexpr bool kAll = kKind == Kind::stochastic;
@@ -62,7 +63,9 @@ struct Gradients {
     float scale = 0.0f, outside = 0.0f;
 #pragma unroll
     for (int k = 0; k < n; ++k) {
-      const float v = to_float(operands.x.v[k]), gradient = to_float(operands.g.v[k]);
+      const float raw = to_float(operands.x.v[k]), gradient = to_float(operands.g.v[k]);
+      const bool clips = kClips && entry.clip != 0.0f;
+      const float v = clips ? clipped(raw, entry.clip) : raw;
       Extras extras;
       if (kKind != Kind::plain) {
         extras.dampening = dampening;
@@ -74,7 +77,7 @@ struct Gradients {
       const Gradient d =
           fast ? fastqat::fake_quantize_backward<Path::careful, true, kRounded, kKind>(gradient, v, ch, extras)
                : fastqat::fake_quantize_backward<Path::divide, true, kRounded, kKind>(gradient, v, ch, extras);
-      results.v[k] = d.dx;
+      results.v[k] = !clips || passes_clip(raw, entry.clip) ? d.dx : 0.0f;
       scale += d.scale;
       outside += d.outside;
     }
@@ -111,23 +114,24 @@ struct Gradients {
   }
 };
 
-template <class X, class G, Kind kKind, bool kRounded>
+template <class X, class G, Kind kKind, bool kRounded, bool kClips>
 __device__ __forceinline__ void differentiate(const Backward& entry, int piece) {
-  Gradients<X, G, kKind, kRounded> body(entry);
+  Gradients<X, G, kKind, kRounded, kClips> body(entry);
   traverse(body, entry.cut, piece, reinterpret_cast<TwoSums*>(entry.partial), entry.arrived);
 }
 
 template <class X, class G, Kind kKind, int kCapacity>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_kernel(const __grid_constant__ Table<Backward, kCapacity> table) {
+  constexpr bool kClips = kCapacity == 1 || kKind == Kind::stochastic;  // of one tensor alone
   for (int piece = blockIdx.x; piece < table.pieces; piece += gridDim.x) {
     const int which = table.find(piece);
     const Backward& entry = table.entries[which];
     const int own = piece - table.starts[which];
     if (kKind != Kind::stochastic || entry.rounded_mask)
-      differentiate<X, G, kKind, true>(entry, own);
+      differentiate<X, G, kKind, true, kClips>(entry, own);
     else if constexpr (kKind == Kind::stochastic)
-      differentiate<X, G, kKind, false>(entry, own);
+      differentiate<X, G, kKind, false, kClips>(entry, own);
   }
 }
 

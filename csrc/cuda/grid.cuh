@@ -4,6 +4,7 @@
 #include "../math.h"
 #include "kernels.h"
 #include "launch.cuh"
+#include "vector.cuh"
 
 namespace fastqat::cuda {
 
@@ -17,8 +18,8 @@ __device__ __forceinline__ Channel channel_of(const GridPointers& grid, int64_t 
   return ch;
 }
 
-// floor(t / scale + u) with u of Philox for this element of a contiguous tensor.
-__device__ __forceinline__ float drawn(float t, const Channel& ch, const NoisePointers& noise, int64_t element) {
+// u of Philox for this element of a dense tensor, in the order of its memory.
+__device__ __forceinline__ float uniform_of(const NoisePointers& noise, int64_t element) {
   const Philox numbers = philox(noise.seed, static_cast<uint64_t>(element / 4), static_cast<uint32_t>(*noise.step),
                                 static_cast<uint32_t>(noise.tensor_id));
   const int lane = static_cast<int>(element % 4);
@@ -26,7 +27,33 @@ __device__ __forceinline__ float drawn(float t, const Channel& ch, const NoisePo
                         : lane == 1 ? numbers.lane[1]
                         : lane == 2 ? numbers.lane[2]
                                     : numbers.lane[3];
-  return floorf(t / ch.scale + uniform(bits));
+  return uniform(bits);
+}
+
+// floor(t / scale + u).
+__device__ __forceinline__ float drawn(float t, const Channel& ch, const NoisePointers& noise, int64_t element) {
+  return floorf(t / ch.scale + uniform_of(noise, element));
+}
+
+// RN(t / scale) for any t. Where 2^-80 <= |t| <= 2^80 and the scale is a fast one, nothing of the three steps
+// overflows, and no remainder is so small that it is rounded; 0 is right as well.
+template <bool kFast, int n>
+__device__ __forceinline__ Vector<float, n> exact_quotients(const Vector<float, n>& t, const Channel& ch) {
+  Vector<float, n> r;
+  bool ordinary = kFast;
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    const float magnitude = fabsf(t.v[k]);
+    ordinary &= ((magnitude >= 0x1p-80f) & (magnitude <= 0x1p80f)) | (magnitude == 0.0f);
+  }
+  if (ordinary) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) r.v[k] = quotient<true>(t.v[k], ch);
+  } else {
+#pragma unroll
+    for (int k = 0; k < n; ++k) r.v[k] = t.v[k] / ch.scale;
+  }
+  return r;
 }
 
 }  // namespace fastqat::cuda

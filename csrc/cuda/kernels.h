@@ -67,6 +67,7 @@ struct Backward {
   unsigned int* arrived;              // [groups], zeros before the launch
   int64_t estimator;
   Dtype x_dtype, g_dtype;
+  float clip;  // 0: none
   bool wide, rounded_mask, lsq_grad_scale;
 };
 
@@ -115,6 +116,72 @@ struct Packing {
   bool aligned;
 };
 
+// One tensor with one scale, and what is wanted of it: a null pointer is not. x, y: dense, of the same strides.
+struct TensorForward {
+  const void* x;
+  void* y;
+  GridPointers grid;
+  NoisePointers noise;
+  int64_t numel;
+  const float* limit;
+  float *low, *high;  // both or none
+  unsigned long long* beyond;
+  uint8_t *inside, *above, *codes;
+  float clip;  // 0: none
+  int32_t code_bits;
+  int32_t code_width;  // bytes of an access to the codes of a unit
+  Dtype x_dtype, y_dtype;
+  bool aligned;  // x and y, to 16 bytes
+  bool rounded_mask;
+};
+
+// Its gradients from bits. g, dx: dense, of the same strides.
+struct TensorBackward {
+  const void* g;
+  void* dx;
+  const uint8_t *inside, *above;
+  const int32_t* qrange;
+  Cut cut;
+  float* dscale;          // null: not wanted
+  double* partial;        // [parts] where there are several
+  unsigned int* arrived;  // [1], zero before the launch
+  Dtype dx_dtype, g_dtype;
+};
+
+// Its values from packed codes.
+struct TensorCodes {
+  const uint8_t* codes;
+  void* y;
+  GridPointers grid;
+  int64_t numel;
+  int32_t code_bits, code_width;  // see TensorForward
+  Dtype y_dtype;
+  bool aligned;  // y, to 16 bytes
+};
+
+// What advance_range moves; see fastqat/ops/schema.py. zero_point: null on a symmetric grid.
+struct RangeState {
+  const int32_t* qrange;
+  const int64_t* step;
+  float *low, *high, *new_low, *new_high, *scale, *zero_point;
+  int64_t* observed_step;
+  float momentum, rest;  // rest: 1 - momentum
+  bool always;
+};
+
+// What advance_interval moves.
+struct IntervalState {
+  const float *low, *high;
+  const int32_t* qrange;
+  const int64_t* step;
+  float *gamma, *limit, *scale;
+  int64_t *beyond, *seen, *observed_step;
+  int64_t numel;
+  double alpha;
+  float stride, smallest;
+  bool always;
+};
+
 // Each takes entries of the same dtypes: x and y, or x and g, of float32, bfloat16 or float16, and the second like the
 // first unless that is float32.
 void fake_quantize(const Forward* entries, int count, void* stream);
@@ -124,6 +191,12 @@ void fake_quantize_backward(const Backward* entries, int count, void* stream);
 // x -> codes and codes -> x.
 void quantize(const Coded& entry, void* stream);
 void dequantize(const Coded& entry, void* stream);
+
+void fake_quantize_tensor(const TensorForward& entry, void* stream);
+void fake_quantize_tensor_backward(const TensorBackward& entry, void* stream);
+void dequantize_tensor(const TensorCodes& entry, void* stream);
+void advance_range(const RangeState& state, void* stream);
+void advance_interval(const IntervalState& state, void* stream);
 
 void minmax(const MinMax& entry, void* stream);
 void range_search(const RangeSearch& search, void* stream);

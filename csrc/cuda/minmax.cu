@@ -7,25 +7,6 @@
 namespace fastqat::cuda {
 namespace {
 
-constexpr float kInfinity = __builtin_inff();
-
-struct Range {
-  static constexpr bool kAny = true;
-  float low = kInfinity, high = -kInfinity;
-  // Of two of which one is NaN, the other.
-  __device__ __forceinline__ void take(float smallest, float largest) {
-    low = fminf(low, smallest);
-    high = fmaxf(high, largest);
-  }
-  __device__ __forceinline__ void merge(const Range& other) { take(other.low, other.high); }
-  __device__ __forceinline__ Range shuffled(int distance, int lanes) const {
-    Range other;
-    other.low = __shfl_down_sync(kAllLanes, low, distance, lanes);
-    other.high = __shfl_down_sync(kAllLanes, high, distance, lanes);
-    return other;
-  }
-};
-
 template <class X>
 struct Extremes {
   using Sums = Range;
@@ -54,10 +35,7 @@ struct Extremes {
   template <int n>
   __device__ __forceinline__ void apply(int, const Operands<n>& operands, const Channel&, Range& range) const {
 #pragma unroll
-    for (int k = 0; k < n; ++k) {
-      const float v = to_float(operands.v[k]), finite = fabsf(v) < kInfinity ? v : __builtin_nanf("");
-      range.take(finite, finite);
-    }
+    for (int k = 0; k < n; ++k) range.see(to_float(operands.v[k]));
   }
 
   __device__ __forceinline__ void finish(int c, const Range& range) const {

@@ -33,6 +33,30 @@ struct TwoSums {
   }
 };
 
+constexpr float kInfinity = __builtin_inff();
+
+// Extremes of the finite values.
+struct Range {
+  static constexpr bool kAny = true;
+  float low = kInfinity, high = -kInfinity;
+  // Of two of which one is NaN, the other.
+  __device__ __forceinline__ void take(float smallest, float largest) {
+    low = fminf(low, smallest);
+    high = fmaxf(high, largest);
+  }
+  __device__ __forceinline__ void see(float v) {
+    const float finite = fabsf(v) < kInfinity ? v : __builtin_nanf("");
+    take(finite, finite);
+  }
+  __device__ __forceinline__ void merge(const Range& other) { take(other.low, other.high); }
+  __device__ __forceinline__ Range shuffled(int distance, int lanes) const {
+    Range other;
+    other.low = __shfl_down_sync(kAllLanes, low, distance, lanes);
+    other.high = __shfl_down_sync(kAllLanes, high, distance, lanes);
+    return other;
+  }
+};
+
 template <class Sums>
 struct Scratch {
   alignas(16) unsigned char bytes[sizeof(Sums) * kThreads];

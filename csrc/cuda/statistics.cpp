@@ -2,25 +2,6 @@
 #include "glue.h"
 
 namespace fastqat::cuda {
-namespace {
-
-// Memory in which the pieces of a reduction meet: a T for each partial result, and counters, which are 0.
-template <class T>
-struct Meetings {
-  Tensor partial_memory, arrived_memory;
-  T* partial;
-  unsigned int* arrived;
-
-  Meetings(int64_t partial_results, int64_t counters, const Device& device, const Tensor& where)
-      : partial_memory(empty({partial_results * static_cast<int64_t>(sizeof(T))}, ScalarType::Byte, where)),
-        arrived_memory(empty({counters}, ScalarType::Int, where)),
-        partial(static_cast<T*>(partial_memory.data_ptr())),
-        arrived(static_cast<unsigned int*>(arrived_memory.data_ptr())) {
-    clear(arrived, counters * static_cast<int64_t>(sizeof(unsigned int)), device.stream());
-  }
-};
-
-}  // namespace
 
 void minmax_out(Tensor x, std::optional<int64_t> axis, Tensor low, Tensor high) {
   Device device(x);

@@ -24,6 +24,18 @@ struct Bits<1> {
   uint8_t word;
 };
 
+// One access for certain: of an assignment the compiler makes four where it loses sight of the alignment.
+__device__ __forceinline__ void write_at_once(Bits<16>* to, const Bits<16>& bits) {
+#ifdef __CUDA_ARCH__
+  const uint32_t* w = bits.word;
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(w[0]), "r"(w[1]),
+               "r"(w[2]), "r"(w[3])
+               : "memory");
+#else
+  *to = bits;
+#endif
+}
+
 template <class T, int n>
 struct Vector {
   T v[n];
@@ -49,7 +61,7 @@ struct Array {
     return result;
   }
 
-  template <int n>
+  template <int n, bool kAtOnce = false>
   __device__ __forceinline__ void store(int64_t i, const Vector<float, n>& values) const {
     using Access = Bits<(sizeof(T) * n > 16 ? 16 : sizeof(T) * n)>;
     constexpr int count = static_cast<int>(sizeof(T) * n / sizeof(Access));
@@ -59,7 +71,13 @@ struct Array {
     Access bits[count];
     __builtin_memcpy(bits, &raw, sizeof(raw));
 #pragma unroll
-    for (int k = 0; k < count; ++k) reinterpret_cast<Access*>(data + i)[k] = bits[k];
+    for (int k = 0; k < count; ++k) {
+      Access* const to = reinterpret_cast<Access*>(data + i) + k;
+      if constexpr (kAtOnce)
+        write_at_once(to, bits[k]);
+      else
+        *to = bits[k];
+    }
   }
 
   __device__ __forceinline__ float get(int64_t i) const { return to_float(data[i]); }

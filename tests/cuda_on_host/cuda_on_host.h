@@ -93,6 +93,14 @@ T atomicAdd(T* at, std::type_identity_t<T> v) {
   return fastqat::cuda_on_host::atomically(at, [v](T old) { return static_cast<T>(old + v); });
 }
 template <class T>
+T atomicMin(T* at, std::type_identity_t<T> v) {
+  return fastqat::cuda_on_host::atomically(at, [v](T old) { return v < old ? v : old; });
+}
+template <class T>
+T atomicMax(T* at, std::type_identity_t<T> v) {
+  return fastqat::cuda_on_host::atomically(at, [v](T old) { return v > old ? v : old; });
+}
+template <class T>
 T atomicOr(T* at, std::type_identity_t<T> v) {
   return fastqat::cuda_on_host::atomically(at, [v](T old) { return static_cast<T>(old | v); });
 }
