@@ -93,7 +93,7 @@ def test_status_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         (["--weight-decay=-1"], "--weight-decay: wanted a number of at least 0; got '-1'"),
         (["--batch-size", "0"], "--batch-size: wanted an integer of at least 1; got '0'"),
         (["--data", "mnist"], "--data: wanted one of digits, cifar10, fashion-mnist, folder; got 'mnist'"),
-        (["--range", "guess"], "--range: wanted one of minmax, running_minmax, percentile, mse; got 'guess'"),
+        (["--range", "guess"], "--range: wanted one of minmax, running_minmax, percentile, mse, "),
         (["--speed", "11"], "unknown option 'speed'; did you mean 'seed'?"),
         (["--batchsize=3"], "unknown option 'batchsize'; did you mean 'batch-size'?"),
         (["--resum", "run"], "resume run: wanted the folder of a run; got no config.yaml there"),  # argparse completes

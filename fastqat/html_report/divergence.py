@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fastqat
 from fastqat import models
 from fastqat.bn_divergence import Divergence, bn_divergence
 from fastqat.html_report.recorded import Recorded
 from fastqat.train import data
 from fastqat.train.checkpoint import Checkpoints
-from fastqat.train.quantization import quantizers
+from fastqat.train.quantization import prepare_as, quantizers
 from fastqat.train.run import choose_device
 from fastqat.train.run_state import PHASES
 
@@ -39,7 +38,7 @@ def measured(run: Recorded, root: Path | None = None) -> list[Divergence]:
     dataset = dataset.limit_train(config.limit_train or len(dataset.train)).to(device)
     model = models.build(config.model, dataset.num_classes, dataset.image_shape, **config.model_options)
     steps = config.epochs * dataset.train_batch_count(config.batch_size)
-    fastqat.prepare(model, quantizers(config, steps), first_last_bits=config.first_last_bits or None)
+    prepare_as(config, model, quantizers(config, steps))
     prefix = "model/"
     state = {name[len(prefix) :]: value for name, value in snapshot.tensors.items() if name.startswith(prefix)}
     model.load_state_dict(state)

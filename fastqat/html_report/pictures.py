@@ -171,6 +171,58 @@ def draw_divergence(rows: list[Divergence]) -> Any:
     return figure
 
 
+def draw_gradients(rows: list[Row]) -> Any:
+    """Grid, share beyond it and error of large gradients of each layer, over the steps.
+
+    Args:
+        rows: of ``gradients.jsonl``, at least one.
+    """
+    first = next(iter(rows[-1]["layers"].values()))
+    panels: dict[str, tuple[str, ...]] = {"range of the gradient": ("high", "low")}
+    if first["gamma"] is not None:
+        panels = {"gamma: part of the largest": ("gamma",)}
+    panels |= {"share beyond the grid": ("beyond",), "error of large gradients": ("large_error",)}
+    figure = _draw_layers(rows, panels, "step")
+    if first["gamma"] is not None:
+        figure.axes[0].set_ylim(0, 1.03)
+    return figure
+
+
+def draw_activations(rows: list[Row]) -> Any:
+    """Range, clipped share and signal-to-noise ratio of the activations of each layer, over the epochs.
+
+    Args:
+        rows: of ``activations.jsonl``, at least one.
+    """
+    panels = {"range of the grid": ("high", "low"), "clipped share": ("clipped",), "SQNR in dB": ("sqnr",)}
+    figure = _draw_layers(rows, panels, "epoch")
+    for axes in figure.axes:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _draw_layers(rows: list[Row], panels: dict[str, tuple[str, ...]], time: str) -> Any:
+    """A panel with a line per layer, from the first one (dark) to the last one (light), for numbers of layers."""
+    figure, axes = _figure(1, len(panels), 3.4)
+    names = list(rows[-1]["layers"])
+    colors = import_extra("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, len(names)))
+    for panel, (title, keys) in zip(axes, panels.items(), strict=True):
+        for name, color in zip(names, colors, strict=True):
+            for key in keys:
+                found = [(row[time], row["layers"].get(name, {}).get(key)) for row in rows]
+                points = [(when, np.nan if value is None else value) for when, value in found]
+                marker = "o" if len(points) == 1 else None
+                panel.plot(*zip(*points, strict=True), color=color, linewidth=1.1, marker=marker, label=name)
+        if keys in (("beyond",), ("clipped",)):
+            _percent(panel)
+        _decorate(panel, title, time)
+    handles, labels = axes[-1].get_legend_handles_labels()
+    shown = sorted({0, len(names) // 2, len(names) - 1})
+    chosen = [[each[i] for i in shown] for each in (handles, labels)]
+    figure.legend(*chosen, frameon=False, loc="outside upper left", ncols=3, fontsize=9)
+    return figure
+
+
 def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tuple[Any, Any]:
     # Not pyplot: it would choose a window system and keep every figure alive.
     figure = import_extra("matplotlib.figure").Figure(figsize=(WIDTH, height), layout="constrained")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fastqat.train import quantizer_recorder
 from fastqat.train.config import Config, parse_options, read_text
 from fastqat.train.recorder import BINS, END, EPOCHS, FOLDER, MARGIN, START, STEPS, TRACES
 from fastqat.train.run_folder import CONFIG, Row
@@ -28,6 +29,7 @@ class Recorded:
         rows: of ``metrics.jsonl``.
         steps, epochs: what :class:`fastqat.train.recorder.Recorder` has written of steps and epochs; may be empty.
         start, end, traces: the arrays that it has written, or None.
+        gradients, activations: what :class:`fastqat.train.quantizer_recorder.QuantizerRecorder` has; may be empty.
     """
 
     path: Path
@@ -38,6 +40,8 @@ class Recorded:
     start: Arrays | None
     end: Arrays | None
     traces: Arrays | None
+    gradients: list[Row]
+    activations: list[Row]
 
     def of_phase(self, phase: str) -> list[Row]:
         """The rows of a phase."""
@@ -60,7 +64,10 @@ def read_run(path: Path) -> Recorded:
     if not rows:
         raise ValueError(f"{path / METRICS}: wanted a row for each epoch; got none yet")
     steps, epochs = (_read_rows(folder / name, "step") for name in (STEPS, EPOCHS))
-    return Recorded(path, config, rows, steps, epochs, *(_read_arrays(folder / name) for name in (START, END, TRACES)))
+    start, end, traces = (_read_arrays(folder / name) for name in (START, END, TRACES))
+    names = (quantizer_recorder.GRADIENTS, quantizer_recorder.ACTIVATIONS)
+    gradients, activations = (_read_rows(path / quantizer_recorder.FOLDER / name, "step") for name in names)
+    return Recorded(path, config, rows, steps, epochs, start, end, traces, gradients, activations)
 
 
 def _read_rows(path: Path, key: str) -> list[Row]:

@@ -123,6 +123,56 @@ def traces(run: Recorded) -> Section:
     return _pictured("Weights that oscillate", text, traces=pictures.draw_traces(run.traces))
 
 
+def gradients(run: Recorded) -> Section:
+    """How the grids of gradients followed them, layer by layer."""
+    if not run.gradients or not run.gradients[-1]["layers"]:
+        raise LeftOut(_why_no_quantizers("gradients", run.config.bits_gradient))
+    alpha = run.config.gradient_alpha
+    text = (
+        f"Gradients of {run.config.bits_gradient} bits, method {run.config.gradient_method}. Large gradients are the "
+        f"top {alpha:.2%} of each layer by magnitude; their error is the mean of |g - Q(g)| over them, divided by the "
+        "largest |g|. Beyond the grid, gradients are clipped. One line is one layer, dark ones come first."
+    )
+    section = _pictured("Gradients", text, gradients=pictures.draw_gradients(run.gradients))
+    last = run.gradients[-1]
+    heading = ("layer", "gamma", "low", "high", "largest", "beyond", "error of large gradients")
+    rows = [
+        [name, _number(row["gamma"], ".3f"), *(_number(row[key], ".2e") for key in ("low", "high", "largest"))]
+        + [_number(row["beyond"], ".4%"), _number(row["large_error"], ".4f")]
+        for name, row in last["layers"].items()
+    ]
+    section.body += folded("Each layer", table(heading, rows, caption=f"at step {last['step']}"))
+    return section
+
+
+def activations(run: Recorded) -> Section:
+    """What quantization does to the activations of each layer."""
+    if not run.activations:
+        raise LeftOut(_why_no_quantizers("activations", run.config.bits_activation))
+    text = (
+        "Ends of the grid, share of the elements beyond them, and ratio of signal to quantization noise of what each "
+        "layer's activation quantizer sees, on a training batch after each epoch. Dark lines come first."
+    )
+    section = _pictured("Activations", text, activations=pictures.draw_activations(run.activations))
+    last = run.activations[-1]
+    rows = [
+        [name, *(_number(row[key], ".3g") for key in ("low", "high")), _number(row["clipped"], ".3%")]
+        + [_number(row["sqnr"], ".1f")]
+        for name, row in last["layers"].items()
+    ]
+    heading = ("layer", "low", "high", "clipped", "SQNR in dB")
+    section.body += folded("Each layer", table(heading, rows, caption=f"after epoch {last['epoch']}"))
+    return section
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _why_no_quantizers(what: str, bits: int) -> str:
+    return f"the run has recorded no {what} yet" if bits else f"the {what} of the run stay in float"
+
+
 def divergence(run: Recorded, root: Path | None) -> Section:
     """Divergence of the statistics of BN, depth-wise against point-wise."""
     if not run.of_phase("QAT"):
@@ -228,4 +278,9 @@ SECTIONS: tuple[tuple[str, Callable[[Recorded], Section]], ...] = (
     ("Layers", layers),
     ("Latent weights", latent_weights),
     ("Weights that oscillate", traces),
+)
+# Of runs that record their quantizers.
+OF_QUANTIZERS: tuple[tuple[str, Callable[[Recorded], Section]], ...] = (
+    ("Gradients", gradients),
+    ("Activations", activations),
 )

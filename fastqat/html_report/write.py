@@ -53,7 +53,12 @@ def write_report(path: Path, root: Path | None = None) -> Path:
 
 def _sections(run: Recorded, root: Path | None) -> list[Section]:
     found, reasons = [sections.results(run)], []
-    make = [*sections.SECTIONS, ("Statistics of batch normalisation", lambda run: sections.divergence(run, root))]
+    of_quantizers = sections.OF_QUANTIZERS if run.config.record_quantizers else ()
+    make = [
+        *sections.SECTIONS,
+        *of_quantizers,
+        ("Statistics of batch normalisation", lambda run: sections.divergence(run, root)),
+    ]
     for title, section in make:
         try:
             found.append(section(run))

@@ -3,6 +3,7 @@
 from fastqat.nn.attention import MultiheadAttention
 from fastqat.nn.calibrate import calibrate
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.gradient import GradientFakeQuant, GradientQSpec
 from fastqat.nn.layers import (
     Conv1d,
     Conv2d,
@@ -30,6 +31,8 @@ __all__ = [
     "Dampening",
     "Embedding",
     "FakeQuant",
+    "GradientFakeQuant",
+    "GradientQSpec",
     "Linear",
     "MultiheadAttention",
     "Oscillation",

@@ -1,4 +1,4 @@
-"""Twins of torch's layers that quantize their weight, and their input or their output.
+"""Twins of torch's layers that quantize their weight, their input or their output, and the gradient of their output.
 
 A layer becomes its twin in place (see :func:`fastqat.prepare`): the same object, the same Parameters and state_dict
 keys, hooks and all; its quantizers join it as sub-modules. Axis 0 of a weight's quantizer is that of the output
@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastqat.nn import coded
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.gradient import GradientFakeQuant
 
 
 class QuantizedLayer:
@@ -25,6 +27,9 @@ class QuantizedLayer:
         weight_names: Parameters that may have a quantizer, called ``<name>_fake_quant``: a FakeQuant or None.
         activation_fake_quant: FakeQuant or None; what a layer computes on more than one tensor shares it.
         activation_on: "input" or "output": what activation_fake_quant quantizes.
+        gradient_fake_quant: GradientFakeQuant or None, of the gradient of what a layer computes, before both products.
+        saves_codes: True keeps the codes of the input for the backward pass, not the input; False keeps the input, and
+            less for its quantizer; None is the way of autograd. See :func:`fastqat.compress_saved_activations`.
     """
 
     original: ClassVar[type[nn.Module]]
@@ -32,7 +37,9 @@ class QuantizedLayer:
     takes_activation: ClassVar[bool] = True
     weight_fake_quant: FakeQuant | None
     activation_fake_quant: FakeQuant | None
+    gradient_fake_quant: GradientFakeQuant | None
     activation_on: str
+    saves_codes: bool | None = None
 
     def weight_quantizers(self) -> dict[str, FakeQuant]:
         """The quantizers of its weights, by the weight's name."""
@@ -43,11 +50,13 @@ class QuantizedLayer:
         """The weights that have a quantizer."""
         return [getattr(self, name) for name in self.weight_quantizers()]
 
-    def quantizers(self) -> Iterator[tuple[str, FakeQuant]]:
+    def quantizers(self) -> Iterator[tuple[str, FakeQuant | GradientFakeQuant]]:
         """What is quantized ("weight", "input", "output", ...) and by which quantizer."""
         yield from self.weight_quantizers().items()
         if self.activation_fake_quant is not None:
             yield self.activation_on, self.activation_fake_quant
+        if self.gradient_fake_quant is not None:
+            yield "gradient", self.gradient_fake_quant
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # of the layer
@@ -64,8 +73,9 @@ class QuantizedLayer:
         for name, quantizer in self.weight_quantizers().items():
             if name in weights:
                 quantizer.follows(weights[name])
-        if self.activation_fake_quant is not None and weights:
-            self.activation_fake_quant.follows(next(iter(weights.values())))
+        for other in (self.activation_fake_quant, self.gradient_fake_quant):
+            if other is not None and weights:
+                other.follows(next(iter(weights.values())))
 
     @staticmethod
     def output_channels_first(weight: Tensor, groups: int) -> Tensor:
@@ -108,18 +118,32 @@ class QuantizedLayer:
         """The input, quantized where it is the input that has the quantizer."""
         return self._quantized_activation(x) if self.activation_on == "input" else x
 
+    def coded_input(self, x: Tensor) -> tuple[Tensor, coded.Codes | None]:
+        """The input, quantized as by :meth:`quantized_input`; its codes, where they are what is kept of it."""
+        if self.saves_codes is None or self.activation_fake_quant is None or not torch.is_grad_enabled():
+            return self.quantized_input(x), None
+        keep = coded.Keep(self.activation_fake_quant.bits if self.saves_codes else 0)
+        y = self._quantized_activation(x, keep=keep)
+        return y, keep.codes_of(y)
+
     def quantized_output(self, y: Tensor) -> Tensor:
-        """The output, quantized where it is the output that has the quantizer."""
+        """The output, quantized where it is the output that has the quantizer, and with a quantized gradient."""
+        if self.gradient_fake_quant is not None:
+            self._share_time(self.gradient_fake_quant)
+            y = self.gradient_fake_quant(y)
         return self._quantized_activation(y) if self.activation_on == "output" else y
 
-    def _quantized_activation(self, x: Tensor) -> Tensor:
+    def _quantized_activation(self, x: Tensor, **options: Any) -> Tensor:
         if self.activation_fake_quant is None:
             return x
-        # Its time is that of the weight; a copy of the layer learns here of its own.
+        self._share_time(self.activation_fake_quant)
+        return self.activation_fake_quant(x, **options)
+
+    def _share_time(self, quantizer: FakeQuant | GradientFakeQuant) -> None:
+        """Let its time be that of the weight; a copy of the layer learns here of its own."""
         weight = next((w for name in self.weight_names if (w := getattr(self, name)) is not None), None)
         if isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling():
-            self.activation_fake_quant.follows(weight)
-        return self.activation_fake_quant(x)
+            quantizer.follows(weight)
 
 
 class Linear(QuantizedLayer, nn.Linear):
@@ -130,7 +154,8 @@ class Linear(QuantizedLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""
         weight = self.quantized_weight(x.device.type)
-        return self.quantized_output(F.linear(self.quantized_input(x), weight, self.bias))
+        x, codes = self.coded_input(x)
+        return self.quantized_output(coded.linear(x, codes, weight, self.bias))
 
 
 class Embedding(QuantizedLayer, nn.Embedding):
@@ -158,7 +183,10 @@ class _Convolution(QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, in_channels, *size] or [in_channels, *size] -> [N, out_channels, *size'] or [out_channels, *size']."""
         weight = self.quantized_weight(x.device.type)
-        return self.quantized_output(self._conv_forward(self.quantized_input(x), weight, self.bias))
+        x, codes = self.coded_input(x)
+        if codes is None:
+            return self.quantized_output(self._conv_forward(x, weight, self.bias))
+        return self.quantized_output(coded.convolution(self, x, codes, weight))
 
 
 class Conv1d(_Convolution, nn.Conv1d):
@@ -210,9 +238,12 @@ class _TransposedConvolution(QuantizedLayer):
             x, output_size, self.stride, self.padding, self.kernel_size, dimensions, self.dilation
         )
         weight = self.quantized_weight(x.device.type)
+        x, codes = self.coded_input(x)
+        if codes is not None:
+            return self.quantized_output(coded.convolution(self, x, codes, weight, tuple(output_padding)))
         # torch's function, kept on the class: a staticmethod, so that it takes no self
         y = self.convolve(
-            self.quantized_input(x),
+            x,
             weight,
             self.bias,
             self.stride,

@@ -11,6 +11,9 @@ from torch import nn
 
 from fastqat.multi_tensor import STATE
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
+from fastqat.nn.gradient import GradientFakeQuant
+from fastqat.nn.masks import keep_as_torch
 from fastqat.nn.selection import Choice, Override, choose, names_of_modules
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.together import BUCKETS
@@ -30,6 +33,8 @@ from fastqat.ops import checks
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # attribute that DistributedDataParallel looks for
 CHOICE = "fake_quant_choice"  # attribute of every layer that prepare decided on
 
+Quantizer = FakeQuant | GradientFakeQuant
+
 
 def prepare(
     model: nn.Module,
@@ -37,6 +42,7 @@ def prepare(
     *,
     first_last_bits: int | None = None,
     overrides: Mapping[str, Override] | None = None,
+    fuse_activations: bool = False,
 ) -> nn.Module:
     """Quantize weights and activations of the layers of a model, in place.
 
@@ -54,6 +60,9 @@ def prepare(
             that share their weights; None treats all alike.
         overrides: layer name or pattern (``fnmatch``) -> QConfig for the layers that it matches, options of QSpec that
             change both quantizers, or None, which leaves them in float. The last pattern that matches a layer decides.
+        fuse_activations: a ReLU or ReLU6 module whose output goes into one quantized layer and nowhere else becomes an
+            identity, and the quantizer of that layer's input computes it in the same pass: the same values and
+            gradients, with one pass over memory less. Hooks added to the module later see what comes before it.
 
     Returns:
         The model.
@@ -67,10 +76,14 @@ def prepare(
     names = {module: found[0] for module, found in names_of_modules(model).items()}
     if any(is_twin(module) for module in model.modules()):
         _check_prepared_alike(chosen, names)
+        _check_fused_alike(names, fuse_activations)
         return model
     _check_not_parallel(names)
+    configs = {layer: choice.config for layer, choice in chosen.items()}
+    found = fusions(model, configs) if fuse_activations else {}
+    configs.update({fusion.layer: fusion.config for fusion in found.values() if fusion.layer is not None})
     made: dict[nn.Parameter, FakeQuant] = {}
-    quantizers = {layer: _quantizers_of(layer, names[layer], choice, made) for layer, choice in chosen.items()}
+    quantizers = {layer: _quantizers_of(layer, names[layer], config, made) for layer, config in configs.items()}
     for number, quantizer in enumerate(_distinct(quantizers)):
         quantizer.tensor_id = number
     # All are made by now: a layer that cannot be quantized leaves the model as it was.
@@ -83,6 +96,7 @@ def prepare(
             if isinstance(module, nn.MultiheadAttention) and is_twin(module.out_proj) and not is_twin(module):
                 _add(module, QConfig(None, None), {})  # its own forward would go past its projection
             guard_fused_kernels(module)
+        fuse(found, names)
     except BaseException:  # a class that cannot be changed, an attribute in the way
         remove(model)
         raise
@@ -117,6 +131,12 @@ def _check_prepared_alike(chosen: dict[nn.Module, Choice], names: dict[nn.Module
             checks.fail(ValueError, f"layer {names[layer]!r} of a prepared model", wanted, got)
 
 
+def _check_fused_alike(names: dict[nn.Module, str], wanted: bool) -> None:
+    asked = {hasattr(module, NOTE) for module in names if type(module) in (*KINDS, FusedActivation)}
+    if asked and asked != {wanted}:
+        checks.fail(ValueError, "fuse_activations", f"{not wanted}, as the model was prepared", wanted)
+
+
 def _check_not_parallel(names: dict[nn.Module, str]) -> None:
     """DistributedDataParallel shares the gradients of the parameters that it finds when it wraps a module."""
     for module, name in names.items():
@@ -125,16 +145,16 @@ def _check_not_parallel(names: dict[nn.Module, str]) -> None:
             checks.fail(ValueError, "model", "one to wrap after it is prepared", got)
 
 
-def _distinct(quantizers: Mapping[nn.Module, Mapping[str, FakeQuant | None]]) -> list[FakeQuant]:
-    """Every quantizer once, in the order of the layers."""
-    return list(dict.fromkeys(q for of_layer in quantizers.values() for q in of_layer.values() if q is not None))
+def _distinct(quantizers: Mapping[nn.Module, Mapping[str, Quantizer | None]]) -> list[Quantizer]:
+    """Every quantizer once, in the order of the layers; those of gradients last, as they change no other's number."""
+    found = dict.fromkeys(q for of_layer in quantizers.values() for q in of_layer.values() if q is not None)
+    return sorted(found, key=lambda q: isinstance(q, GradientFakeQuant))
 
 
 def _quantizers_of(
-    layer: nn.Module, name: str, choice: Choice, made: dict[nn.Parameter, FakeQuant]
-) -> dict[str, FakeQuant | None]:
+    layer: nn.Module, name: str, config: QConfig | None, made: dict[nn.Parameter, FakeQuant]
+) -> dict[str, Quantizer | None]:
     """Quantizers of a layer by the name of what they quantize; those of weights are made once and kept in made."""
-    config = choice.config
     if config is None:
         return {}
     weights = {weight_name: getattr(layer, weight_name) for weight_name in weight_names(layer)}
@@ -144,12 +164,16 @@ def _quantizers_of(
             if config.weight is not None and weight not in made:
                 made[weight] = _of_weight(layer, weight, config.weight)
         activation = None if config.activation is None else _build(config.activation, first.device)
+        gradient = None if config.gradient is None else GradientFakeQuant(config.gradient, name, first.device)
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {name!r}: {error}") from None
     if activation is not None:
-        activation.follows(first)
+        activation.layer_name = name
+    for other in (activation, gradient):
+        if other is not None:
+            other.follows(first)
     quantized = {name: made[w] if config.weight is not None else None for name, w in weights.items()}
-    return {**quantized, "activation": activation}
+    return {**quantized, "activation": activation, "gradient": gradient}
 
 
 def _of_weight(layer: nn.Module, weight: nn.Parameter, spec: QSpec) -> FakeQuant:
@@ -163,7 +187,7 @@ def _build(spec: QSpec, device: torch.device) -> FakeQuant:
     return FakeQuant(**{field.name: getattr(spec, field.name) for field in fields(spec)}, device=device)
 
 
-def _add(layer: nn.Module, config: QConfig, quantizers: Mapping[str, FakeQuant | None]) -> None:
+def _add(layer: nn.Module, config: QConfig, quantizers: Mapping[str, Quantizer | None]) -> None:
     """Make a layer its twin, with these quantizers."""
     to_twin(layer)
     for name in _quantizer_names(layer):
@@ -173,7 +197,7 @@ def _add(layer: nn.Module, config: QConfig, quantizers: Mapping[str, FakeQuant |
 
 
 def _quantizer_names(layer: nn.Module) -> list[str]:
-    return [f"{name}_fake_quant" for name in (*twin_type(layer).weight_names, "activation")]
+    return [f"{name}_fake_quant" for name in (*twin_type(layer).weight_names, "activation", "gradient")]
 
 
 @torch.no_grad()
@@ -205,6 +229,8 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
     _set_ignored(model, [name for name in _ignored(model) if name not in tracked])
     for module in list(model.modules()):
         module.__dict__.pop(CHOICE, None)
+        unfuse(module)
+        keep_as_torch(module)
         buckets = module.__dict__.pop(BUCKETS, None)
         if buckets is not None:
             buckets.remove()
@@ -240,7 +266,7 @@ class fake_quant_enabled:  # a function to its users, who may write `with` befor
     """
 
     def __init__(self, model: nn.Module, enabled: bool = True) -> None:
-        self.previous = {m: m.fake_quant_enabled for m in model.modules() if isinstance(m, FakeQuant)}
+        self.previous = {m: m.fake_quant_enabled for m in model.modules() if isinstance(m, Quantizer)}
         if not self.previous:
             checks.fail(ValueError, "model", "a model with quantizers", f"{type(model).__name__} without any")
         for quantizer in self.previous:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.fuse import NOTE, FusedActivation
+from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.observe import Calls, FloatOperations, eagerly, evaluating, nothing_changes
 from fastqat.nn.prepare import CHOICE
@@ -25,7 +27,7 @@ class QuantizerRow:
 
     Attributes:
         layer, kind: name of the layer in the model, and its class before ``prepare``.
-        tensor: what is quantized: "weight", "input", "output", or the name of another weight.
+        tensor: what is quantized: "weight", "input", "output", "gradient", or the name of another weight.
         bits, qmin, qmax, grid, axis, group_size, range, learn: see :class:`fastqat.QSpec`.
         scales: how many there are; None, like qmin and qmax, where the first tensor decides.
         initialized: the range is set.
@@ -73,6 +75,16 @@ class OperationRow:
 
 
 @dataclass(frozen=True)
+class ActivationRow:
+    """A ReLU or ReLU6 that ``prepare`` was asked to fuse: the layer whose quantizer computes it, or "" and why not."""
+
+    activation: str
+    kind: str
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What :func:`report` finds; ``str`` of it is the table to read.
 
@@ -81,6 +93,7 @@ class Report:
         left_in_float: modules with Parameters that no quantizer takes.
         operations: what runs in float between layers; None without example inputs.
         quantized_parameters, parameters: how many numbers have a quantizer, and how many there are.
+        activations: what has become of each ReLU and ReLU6 where ``prepare`` was asked to fuse them.
     """
 
     quantizers: tuple[QuantizerRow, ...]
@@ -88,6 +101,7 @@ class Report:
     operations: tuple[OperationRow, ...] | None
     quantized_parameters: int
     parameters: int
+    activations: tuple[ActivationRow, ...] = ()
 
     @property
     def never_ran(self) -> tuple[QuantizerRow, ...]:
@@ -99,6 +113,11 @@ class Report:
         share = f"{self.quantized_parameters:,} of {self.parameters:,} parameters"
         parts = [f"Quantized: {layers} layers, {len(self.quantizers)} quantizers, {share}"]
         parts.append(_quantizer_table(self.quantizers))
+        if self.activations:
+            fused = sum(bool(row.layer) for row in self.activations)
+            parts.append(f"Fused into the quantizer behind: {fused} of {len(self.activations)} ReLU and ReLU6")
+            kept = [(row.activation, row.kind, row.reason, 1) for row in self.activations if not row.layer]
+            parts.append(table(("module", "kind", "why not", "modules"), collapsed(kept)))
         parts.append(f"Left in float: {len(self.left_in_float)} modules with parameters of their own")
         rows = [(row.layer, row.kind, row.reason, row.parameters) for row in self.left_in_float]
         parts.append(table(("module", "kind", "why", "parameters"), collapsed(rows)))
@@ -128,7 +147,7 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
         example_inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments.
     """
     names = names_of_modules(model)
-    quantizers = {m: found for m, found in names.items() if isinstance(m, FakeQuant)}
+    quantizers = {m: found for m, found in names.items() if isinstance(m, (FakeQuant, GradientFakeQuant))}
     calls, operations = Calls(quantizers), None
     if example_inputs is not None:
         operations = FloatOperations(model)
@@ -144,6 +163,7 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
         None if operations is None else tuple(_operation_rows(operations, names)),
         sum(w.numel() for w in quantized.values()),
         sum(0 if is_lazy(p) else p.numel() for p in parameters.values()),
+        tuple(_activation_rows(names)),
     )
 
 
@@ -153,9 +173,18 @@ def _run(model: nn.Module, example_inputs: Any) -> object:
     return model(*([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs))
 
 
+def _activation_rows(names: dict[nn.Module, list[str]]) -> Iterator[ActivationRow]:
+    for module, found in names.items():
+        if hasattr(module, NOTE):
+            kind, layer = type(module), ""
+            if isinstance(module, FusedActivation):
+                kind, layer = module.original, module.fused_into
+            yield ActivationRow(found[0], kind.__name__, layer, module.__dict__[NOTE])
+
+
 def _quantizer_rows(names: dict[nn.Module, list[str]], runs: dict[Any, int]) -> list[QuantizerRow]:
-    users: dict[FakeQuant, list[str]] = {}
-    found: list[tuple[nn.Module, str, FakeQuant]] = []
+    users: dict[nn.Module, list[str]] = {}
+    found: list[tuple[nn.Module, str, Any]] = []
     for module in names:
         if isinstance(module, QuantizedLayer):
             for tensor, quantizer in module.quantizers():
@@ -167,9 +196,10 @@ def _quantizer_rows(names: dict[nn.Module, list[str]], runs: dict[Any, int]) -> 
 
 
 def _quantizer_row(
-    names: list[str], module: nn.Module, tensor: str, q: FakeQuant, users: list[str], runs: dict[Any, int]
+    names: list[str], module: nn.Module, tensor: str, q: Any, users: list[str], runs: dict[Any, int]
 ) -> QuantizerRow:
     choice = getattr(module, CHOICE, None)
+    after = f"with {q.activation}" if q.activation else ""
     known = q.initialized or q.signed is not None or q.restricted or not q.symmetric
     also = f"also {', '.join(names[1:])}" if len(names) > 1 and module is not q else ""
     return QuantizerRow(
@@ -179,7 +209,7 @@ def _quantizer_row(
         bits=q.bits,
         qmin=q.codes[0] if known else None,
         qmax=q.codes[1] if known else None,
-        grid="offset" if q.offset is not None else "symmetric" if q.symmetric else "affine",
+        grid=q.grid_kind,
         axis=q.axis,
         group_size=q.group_size,
         range=q.range,
@@ -187,7 +217,7 @@ def _quantizer_row(
         scales=None if is_lazy(q.scale) else q.scale.numel(),
         initialized=q.initialized,
         shared_with=tuple(name for name in users if name != names[0]),
-        note="; ".join(filter(None, (choice.note if choice else "", also))),
+        note="; ".join(filter(None, (choice.note if choice else "", after, also))),
         runs=runs.get(q),
     )
 

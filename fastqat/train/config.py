@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastqat import ranges
+from fastqat.nn.gradient import METHODS, GradientQSpec
+from fastqat.nn.spec import FOLLOWING
 from fastqat.nn.tracking import AGGREGATES
 from fastqat.ops.checks import fail
 from fastqat.ops.estimators import ESTIMATORS
@@ -19,6 +21,8 @@ from fastqat.train.extras import import_extra
 from fastqat.train.options import Option, option, options_of
 
 TASK, QUANTIZATION, OSCILLATIONS, MACHINE = "what to train", "quantization", "oscillations", "machine"
+GRADIENTS = "gradients"
+LBT = GradientQSpec()  # its defaults
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,19 @@ class Config:
     first_last_bits: int = option(
         8, "bits of the first and the last layer, 0: as others", low=0, high=8, group=QUANTIZATION
     )
+    first_last_float: bool = option(False, "the first and the last layer stay in float", group=QUANTIZATION)
+    quantizer: str = option(
+        "lsq",
+        "of weights and activations: learned scales (lsq), those of LBT (lbt), or ranges that follow the data (range)",
+        choices=("lsq", "lbt", "range"),
+        group=QUANTIZATION,
+    )
+    activation_range: str = option(
+        "in_hindsight", "range of activations with --quantizer range", choices=FOLLOWING, group=QUANTIZATION
+    )
+    range_momentum: float = option(
+        0.9, "of ranges of activations and gradients that are averages, below 1", low=0, high=1, group=QUANTIZATION
+    )
     range: str = option("mse", "how the first ranges are chosen", choices=tuple(ranges.ESTIMATORS), group=QUANTIZATION)
     calibration_batches: int = option(8, "training batches that choose the ranges", low=1, group=QUANTIZATION)
     reestimate_bn: str = option(
@@ -65,6 +82,24 @@ class Config:
     )
     activation_estimator: str = option(
         "ste", "of the gradient of rounding activations", choices=tuple(ESTIMATORS), group=QUANTIZATION
+    )
+
+    bits_gradient: int = option(
+        0, "bits of the gradients of layers, 2..8; 0 leaves them in float", low=0, high=8, group=GRADIENTS
+    )
+    gradient_method: str = option("lbt", "how the grid of a gradient follows it", choices=METHODS, group=GRADIENTS)
+    gradient_gamma: float | None = option(
+        None, "part of the largest gradient that the grid covers: of fixed, or the first one of lbt", group=GRADIENTS
+    )
+    gradient_alpha: float = option(LBT.alpha, "part of a gradient that is large, of lbt", group=GRADIENTS)
+    gradient_gamma_step: float = option(LBT.gamma_step, "by which gamma moves in a step, of lbt", group=GRADIENTS)
+    gradient_period: int = option(LBT.period, "steps from search to search, of dsgc", low=1, group=GRADIENTS)
+    gradient_rounding: str = option("stochastic", "of gradients", choices=("stochastic", "nearest"), group=GRADIENTS)
+    record_quantizers: bool = option(
+        False,
+        "keep what quantizers of activations and gradients do, for fastqat report: clipped parts, ranges, errors",
+        group=GRADIENTS,
+        movable=True,
     )
 
     track_oscillations: bool = option(
@@ -146,6 +181,9 @@ class Config:
             if epochs and warmup > epochs:
                 raise ValueError(f"{prefix}warmup_epochs: wanted at most {epochs}, all of the epochs; got {warmup}")
         self._check_oscillations()
+        if self.gradient_gamma is not None and not self.bits_gradient:
+            got = f"gradient_gamma {self.gradient_gamma}, bits_gradient 0"
+            fail(ValueError, "gradient_gamma", "bits_gradient beside it", got)
 
     def _check_oscillations(self) -> None:
         """Check what one option alone does not show; the quantizers themselves say what else does not fit."""
@@ -166,8 +204,9 @@ class Config:
 
     @property
     def bit_widths(self) -> str:
-        """Bits of weights and of activations in short, such as W3A3, or W3."""
-        return f"W{self.bits_weight}" + (f"A{self.bits_activation}" if self.bits_activation else "")
+        """Bits of weights, activations and gradients in short, such as W4A4G4, or W3."""
+        others = {"A": self.bits_activation, "G": self.bits_gradient}
+        return f"W{self.bits_weight}" + "".join(f"{name}{bits}" for name, bits in others.items() if bits)
 
     def plain(self) -> dict[str, Any]:
         """Return the options as YAML and JSON can hold them."""

@@ -2,8 +2,9 @@
 
 Each process takes a slice of every batch. Gradients are averaged by DistributedDataParallel; buffers are equal
 everywhere because every process computes the same from the same numbers, so that none of them is ever broadcast:
-state of quantizers by their step counts, statistics of BN because they are those of the whole batch. Only a range that
-follows the activations while training would differ, and the trainer has none: its scales are learned.
+state of quantizers by their step counts, statistics of BN because they are those of the whole batch, ranges that follow
+activations because they hold those of all processes, and the grids of gradients because what each process has seen of
+its own is put together after every step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from fastqat.nn.gradient import GradientFakeQuant
 
 T = TypeVar("T")
 
@@ -98,6 +101,32 @@ class Processes:
         buffers = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
         return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def merge_gradient_grids(self, model: nn.Module) -> None:
+        """Let the grids of gradients be the same everywhere, and move by what all processes have seen; after a step.
+
+        Counts are added, ranges of the next step widened. What a first gradient or a search has set, and a range that
+        holds the gradient in hand, is that of the main process.
+        """
+        if self.world_size == 1:
+            return
+        quantizers = [m for m in model.modules() if isinstance(m, GradientFakeQuant)]
+
+        def tensors(*names: str) -> list[Tensor]:
+            return [b for q in quantizers for name in names if (b := q._buffers.get(name)) is not None]
+
+        lows = tensors("new_low")
+        torch._foreach_neg_(lows)
+        for state, work in (
+            (tensors("beyond", "seen"), dist.all_reduce),
+            ([*lows, *tensors("new_high")], lambda flat: dist.all_reduce(flat, dist.ReduceOp.MAX)),
+            (tensors("gamma", "range_low", "range_high"), lambda flat: dist.broadcast(flat, 0)),
+        ):
+            if state:
+                flat = torch.cat(state)
+                work(flat)
+                torch._foreach_copy_(state, flat.split(1))
+        torch._foreach_neg_(lows)
 
     def close(self) -> None:
         """Leave the other processes."""

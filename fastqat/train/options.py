@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
-GROUPS = ("what to train", "quantization", "oscillations", "training", "machine")
+GROUPS = ("what to train", "quantization", "gradients", "oscillations", "training", "machine")
 
 
 def option(

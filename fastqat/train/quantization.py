@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 import fastqat
+from fastqat.nn.selection import candidates, names_of_modules
+from fastqat.quantizers import lbt_activation, lbt_weight
 from fastqat.train.config import Config
 
 
 def quantizers(config: Config, steps: int) -> fastqat.QConfig:
-    """Return the quantizers of a layer, which learn their scales.
+    """Return the quantizers of a layer.
 
     Args:
         config: the options.
@@ -21,29 +25,67 @@ def quantizers(config: Config, steps: int) -> fastqat.QConfig:
     Raises:
         TypeError, ValueError: options that do not fit each other; the message names them.
     """
-    weight = fastqat.QSpec(
-        bits=config.bits_weight,
+    lsq: dict[str, Any] = {"range": config.range, "learn": "scale"}
+    make_weight = lbt_weight if config.quantizer == "lbt" else fastqat.QSpec
+    weight = make_weight(
+        config.bits_weight,
         axis=0 if config.per_channel else None,
-        range=config.range,
-        learn="scale",
+        **{"lsq": lsq, "lbt": {}, "range": {"range": "minmax"}}[config.quantizer],
         estimator=config.estimator,
         estimator_strength=config.estimator_strength,
         seed=config.seed,
         oscillation=oscillation(config, steps),
         dampening=dampening(config, steps),
     )
+    return fastqat.QConfig(weight, activation(config), gradient=gradient(config))
+
+
+def activation(config: Config) -> fastqat.QSpec | None:
+    """Return the quantizer of a layer's input; None leaves it in float."""
     if not config.bits_activation:
-        return fastqat.QConfig(weight, None)
-    activation = fastqat.QSpec(
-        bits=config.bits_activation,
-        range=config.range,
-        learn="scale",
-        estimator=config.activation_estimator,
-        # PACT clips: nothing beyond the largest code has a gradient, not even the half step that rounds to it.
-        ste_mask="unrounded" if config.activation_estimator == "pact" else "rounded",
+        return None
+    bits = config.bits_activation
+    others: dict[str, Any] = {"estimator": config.activation_estimator, "seed": config.seed}
+    if config.quantizer == "lbt":
+        return lbt_activation(bits, **{**others, "signed": None})  # the data say whether it is
+    if config.quantizer == "range":
+        others |= {"range": config.activation_range, "momentum": config.range_momentum, "sync_range": True}
+        return fastqat.QSpec(bits, symmetric=False, **others)
+    # PACT clips: nothing beyond the largest code has a gradient, not even the half step that rounds to it.
+    mask = "unrounded" if config.activation_estimator == "pact" else "rounded"
+    return fastqat.QSpec(bits, range=config.range, learn="scale", ste_mask=mask, **others)
+
+
+def gradient(config: Config) -> fastqat.GradientQSpec | None:
+    """Return the quantizer of the gradient of a layer's output; None leaves it in float."""
+    if not config.bits_gradient:
+        return None
+    return fastqat.GradientQSpec(
+        config.bits_gradient,
+        config.gradient_method,
+        gamma=config.gradient_gamma,
+        alpha=config.gradient_alpha,
+        gamma_step=config.gradient_gamma_step,
+        momentum=config.range_momentum,
+        period=config.gradient_period,
+        rounding=config.gradient_rounding,
         seed=config.seed,
     )
-    return fastqat.QConfig(weight, activation)
+
+
+def prepare_as(config: Config, model: nn.Module, qconfig: fastqat.QConfig) -> None:
+    """Prepare a network as the options say, its first and its last layer too.
+
+    Args:
+        config: the options.
+        model: prepared in place.
+        qconfig: what :func:`quantizers` returns, or something like it.
+    """
+    overrides: dict[str, Any] = {}
+    if config.first_last_float and (layers := candidates(model)[0]):
+        names = names_of_modules(model)
+        overrides = {glob.escape(names[layer][0]): None for layer in (layers[0], layers[-1])}
+    fastqat.prepare(model, qconfig, first_last_bits=config.first_last_bits or None, overrides=overrides)
 
 
 def oscillation(config: Config, steps: int) -> fastqat.Oscillation | None:

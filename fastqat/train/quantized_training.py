@@ -1,14 +1,17 @@
-"""Quantization-aware training: gradient descent, and what is done and said about oscillating weights on the way."""
+"""Quantization-aware training: gradient descent, and what is done and said about quantized tensors on the way."""
 
 from __future__ import annotations
 
 import contextlib
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 import fastqat
 from fastqat.train.quantization import undampened
+from fastqat.train.quantizer_recorder import QuantizerRecorder
 from fastqat.train.recorder import Recorder
 from fastqat.train.run import Run
 from fastqat.train.run_folder import Row
@@ -29,21 +32,32 @@ class QuantizedTraining(Training):
     ) -> None:
         # Before the network is wrapped and compiled: these see its hooks.
         fastqat.quantize_weights_together(run.model, BUCKET_BYTES if run.processes.world_size > 1 else None)
+        if run.config.compile:
+            _see_first_gradients(run, first_order)
         super().__init__(run, phase, optimizers, epochs, first_order, warmup_epochs)
         config, position, steps = self.config, self.state.position, epochs * self.batches
+        done = position.epoch * self.batches + position.batch
         self.regularization: fastqat.Schedule | None = None
         if config.bin_regularization:
             begin = config.bin_regularization_begin
             self.regularization = fastqat.Schedule("step", 0.0, config.bin_regularization, steps, begin)
         self.recorder: Recorder | None = None
         if config.track_oscillations:
-            done = position.epoch * self.batches + position.batch
             self.recorder = Recorder(run.folder, run.model, steps=steps, step=done)
+        self.quantizers: QuantizerRecorder | None = None
+        if config.record_quantizers:
+            activations = bool(config.bits_activation)
+            self.quantizers = QuantizerRecorder(run.folder, run.model, activations=activations, steps=steps, step=done)
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[bool, bool]:
-        asked_and_due = super()._step(images, labels)
+        with self.quantizers.before() if self.quantizers else contextlib.nullcontext():
+            asked_and_due = super()._step(images, labels)
+        if self.config.bits_gradient:
+            self.processes.merge_gradient_grids(self.run.model)
         if self.recorder:
             self.recorder.step()
+        if self.quantizers:
+            self.quantizers.step()
         return asked_and_due
 
     def penalty(self) -> Tensor | None:
@@ -65,9 +79,33 @@ class QuantizedTraining(Training):
         """Keep what the report of the run needs."""
         if self.recorder:
             self.recorder.epoch(row)
+        if self.quantizers:
+            batches = self.run.data.train_batches(
+                self.config.batch_size, seed=self.config.seed, epoch=self.first_order, augment=False
+            )
+            self.quantizers.epoch(row, next(iter(batches)))
 
     def save(self) -> None:
         """Write what was recorded, and then a checkpoint: nothing that the checkpoint has passed is lost."""
-        if self.recorder:
-            self.recorder.save()
+        for recorder in (self.recorder, self.quantizers):
+            if recorder:
+                recorder.save()
         super().save()
+
+
+def _see_first_gradients(run: Run, order: int) -> None:
+    """Show a batch to quantizers of gradients that have seen none: what is compiled does not ask for it.
+
+    Args:
+        run: whose network is not compiled yet.
+        order: number of the order of the images that the batch is from.
+    """
+    if all(m.initialized for m in run.model.modules() if isinstance(m, fastqat.GradientFakeQuant)):
+        return
+    config = run.config
+    images, labels = next(iter(run.data.train_batches(config.batch_size, seed=config.seed, epoch=order)))
+    run.model.train()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bf16):
+        logits = run.model(images)
+    F.cross_entropy(logits.float(), labels).backward()
+    run.model.zero_grad()

@@ -65,7 +65,7 @@ class Recorder:
         if not self.writes:
             return
         self.path.mkdir(exist_ok=True)
-        self._rows = {name: _rows_until(self.path / name, step) for name in (STEPS, EPOCHS)}
+        self._rows = {name: rows_until(self.path / name, step) for name in (STEPS, EPOCHS)}
         self._weights = [each for each in quantized_weights(model) if each.quantizer.tracker is not None]
         self._traces = Traces(self._weights, step)
         if step == 0:
@@ -147,8 +147,8 @@ def npz(arrays: Mapping[str, Any]) -> bytes:
     return content.getvalue()
 
 
-def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of a file up to a step; those after it are of steps that the run takes again."""
+def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Return the rows of a file up to a step; those after it are of steps that the run takes again."""
     if not path.is_file():
         return []
     return [row for line in path.read_text().splitlines() if (row := json.loads(line))["step"] <= step]

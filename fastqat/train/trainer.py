@@ -6,22 +6,26 @@ resume.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 import fastqat
+from fastqat.batch_norm import reestimated
 from fastqat.train.config import Config
 from fastqat.train.curves import draw_curves
 from fastqat.train.optimization import scale_optimizer, weight_optimizer
 from fastqat.train.progress import print_table, test_text
-from fastqat.train.quantization import quantizers
+from fastqat.train.quantization import prepare_as, quantizers
 from fastqat.train.quantized_training import QuantizedTraining
-from fastqat.train.run import Run
+from fastqat.train.run import Run, running_statistics
 from fastqat.train.run_folder import Row
 from fastqat.train.run_state import PHASES
 from fastqat.train.training import Training
@@ -77,7 +81,8 @@ class Trainer(Run):
         self.qconfig = quantizers(self.config, steps)
         # Calibration finds the quantizers that nothing reaches, those of weights too; it needs some of activations.
         self._prepare(replace(self.qconfig, activation=self.qconfig.activation or fastqat.QSpec()))
-        fastqat.calibrate(self.model, [torch.zeros(1, *self.data.image_shape)], progress=False)
+        zeros = torch.zeros(1, *self.data.image_shape)
+        fastqat.calibrate(self.model, [zeros], progress=False, distributed=False)
         fastqat.remove(self.model)
 
     def prepare(self) -> None:
@@ -85,13 +90,14 @@ class Trainer(Run):
         self._prepare(self.qconfig)
 
     def _prepare(self, qconfig: fastqat.QConfig) -> None:
-        fastqat.prepare(self.model, qconfig, first_last_bits=self.config.first_last_bits or None)
+        prepare_as(self.config, self.model, qconfig)
 
     def quantize(self) -> Row:
         """Quantize weights and activations after training (PTQ): nothing but ranges is chosen from the data."""
-        self.prepare()
-        if self.qconfig.activation:
-            self.calibrate()
+        with self._known_statistics():
+            self.prepare()
+            if self.qconfig.activation:
+                self.calibrate()
         row = self.test("PTQ")
         self.save_weights(row)
         self.enter("QAT")
@@ -99,18 +105,30 @@ class Trainer(Run):
 
     def calibrate(self) -> None:
         """Choose the ranges of the activations."""
-        config = self.config
+        fastqat.calibrate(self.model, self._calibration_batches(), distributed=False)
+
+    def _calibration_batches(self) -> Iterator[Any]:
         # Every process takes these batches whole: the ranges come out equal, and as those of one process alone.
+        config = self.config
         batches = self.data.train_batches(
             config.batch_size, seed=config.seed, epoch=config.fp32_epochs, augment=False, workers=config.workers
         )
-        fastqat.calibrate(self.model, itertools.islice(batches, config.calibration_batches))
+        return itertools.islice(batches, config.calibration_batches)
+
+    def _known_statistics(self) -> contextlib.AbstractContextManager[object]:
+        """Context in which a network that nobody trained has statistics of BN as its first step will have them."""
+        untrained = not (self.config.fp32_epochs or self.config.checkpoint)
+        if not (untrained and running_statistics(self.model)):
+            return contextlib.nullcontext()
+        return reestimated(self.model, self._calibration_batches(), self.config.calibration_batches)
 
     def train_quantized(self) -> Row | None:
         """Train weights and scales together (QAT); return the last row of the phase, None if it has no epochs."""
         config = self.config
         scales = fastqat.quantizer_parameters(self.model)
-        optimizers = [weight_optimizer(config, self.weights(scales), config.lr), scale_optimizer(config, scales)]
+        optimizers = [weight_optimizer(config, self.weights(scales), config.lr)]
+        if scales:  # ranges that follow the data are not learned
+            optimizers.append(scale_optimizer(config, scales))
         row = self.fit("QAT", optimizers, config.epochs)
         self.enter("done")
         return row
