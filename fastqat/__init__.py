@@ -1,12 +1,18 @@
 """fastqat: quantization-aware training that costs nothing extra."""
 
-from fastqat import functional, nn
+from fastqat import functional, nn, quantizers
 from fastqat._version import __version__
+from fastqat.activation_statistics import activation_statistics
 from fastqat.batch_norm import reestimate_bn
+from fastqat.bn_ranges import bn_ranges
+from fastqat.compression import SavedActivations, compress_saved_activations
+from fastqat.cost import Cost, cost
 from fastqat.hessian import ewgs_delta
 from fastqat.nn import (
     Dampening,
     FakeQuant,
+    GradientFakeQuant,
+    GradientQSpec,
     Oscillation,
     QConfig,
     QSpec,
@@ -24,28 +30,43 @@ from fastqat.ops.select import current_backend, status, use_backend
 from fastqat.oscillation import oscillation_summary
 from fastqat.regularization import bin_regularization, dampening_loss
 from fastqat.schedules import Schedule
+from fastqat.traffic import Traffic, memory_traffic
+from fastqat.transition_rate import TransitionRate, TransitionRateScheduler
 
 __all__ = [
+    "Cost",
     "Dampening",
     "FakeQuant",
+    "GradientFakeQuant",
+    "GradientQSpec",
     "Oscillation",
     "QConfig",
     "QSpec",
     "Report",
+    "SavedActivations",
     "Schedule",
+    "Traffic",
+    "TransitionRate",
+    "TransitionRateScheduler",
     "__version__",
+    "activation_statistics",
     "bin_regularization",
+    "bn_ranges",
     "calibrate",
+    "compress_saved_activations",
+    "cost",
     "current_backend",
     "dampening_loss",
     "ewgs_delta",
     "fake_quant_enabled",
     "functional",
+    "memory_traffic",
     "nn",
     "oscillation_summary",
     "prepare",
     "quantize_weights_together",
     "quantizer_parameters",
+    "quantizers",
     "reestimate_bn",
     "remove",
     "report",
