@@ -32,6 +32,11 @@ CUDA_VALUES = ("tests/test_conformance.py", "-k", "host and fake_quantize and (c
 CUDA_ORDERS = ("tests/test_cuda_on_host.py", "-k", "every_order and backward")
 CUDA_TRACKING = ("tests/test_cuda_on_host.py", "-k", "many_weights")
 
+ONE_TENSOR, ONE_BACKWARD = "csrc/cpu/fake_quantize_tensor.cpp", "csrc/cpu/fake_quantize_tensor_backward.cpp"
+ONE_REFERENCE = ("tests/test_one_tensor.py", "-k", "reference and float32")
+CPU_ONE = ("tests/test_one_tensor.py", "-k", "cpu and (float32 or same_bits)")
+CPU_RANGES = ("tests/test_range_steps.py", "-k", "cpu and not settles")
+
 
 @dataclass(frozen=True)
 class Plant:
@@ -150,6 +155,86 @@ PLANTS = (
         "cpu: a frozen weight still passes its gradient",
         CPU_ESTIMATORS,
         (MATH, "bool inside = (nearest == tested) & !held;", "bool inside = nearest == tested;"),
+    ),
+    plant(
+        "reference: a bit that does not know of the clip",
+        ONE_REFERENCE,
+        ("fastqat/ops/one_tensor.py", "inside, passes & (tested >= grid.low)", "inside, (tested >= grid.low)"),
+    ),
+    plant(
+        "cpu: packed codes without their last byte",
+        CPU_ONE,
+        ("csrc/cpu/pack.cpp", "stream, packed_bytes(rest, bits)", "stream, rest * bits / 8"),
+    ),
+    plant(
+        "cpu: noise that begins anew with every block",
+        CPU_ONE,
+        (ONE_TENSOR, "noise_->draw(offset, n, ", "noise_->draw(0, n, "),
+    ),
+    plant(
+        "cpu: bits without the lowest code",
+        CPU_ONE,
+        (ONE_TENSOR, "(tested[i] >= low)", "(tested[i] > low)"),
+    ),
+    plant(
+        "cpu: bits that let 0 through a ReLU",
+        CPU_ONE,
+        (ONE_TENSOR, "passes_clip(x[i], clip);", "static_cast<uint8_t>(x[i] >= 0.0f && x[i] < clip);"),
+    ),
+    plant(
+        "cpu: the limit itself lies beyond it",
+        CPU_ONE,
+        (ONE_TENSOR, "__builtin_fabsf(x[i]) > limit", "__builtin_fabsf(x[i]) >= limit"),
+    ),
+    plant(
+        "cpu: Inf widens a range",
+        CPU_ONE,
+        (ONE_TENSOR, "if (highest == kInfinity) extremes_loop(x, rows, n);", ""),
+    ),
+    plant(
+        "cpu: NaN has another code than 0",
+        CPU_ONE,
+        (ONE_TENSOR, "rounded[i] == rounded[i] ? rounded[i] : 0.0f", "rounded[i]"),
+    ),
+    plant(
+        "cpu: gradients are multiplied by their bits",
+        CPU_ONE,
+        (
+            ONE_BACKWARD,
+            "as_float(as_bits(g) & (0u - (bits >> bit & 1u)))",
+            "g * static_cast<float>(bits >> bit & 1u)",
+        ),
+    ),
+    plant(
+        "cpu: PACT's sum in the order in which threads finish",
+        CPU_ONE,
+        (
+            ONE_BACKWARD,
+            "if (sums) partial[p] = total;",
+            "static std::mutex mutex;\n    std::lock_guard<std::mutex> guard(mutex);\n"
+            "    for (int k = 0; sums && k < kLanes; ++k) partial[0][k] += total[k];",
+        ),
+        (ONE_BACKWARD, '#include "bits.h"', '#include <mutex>\n\n#include "bits.h"'),
+    ),
+    plant(
+        "cpu: packed codes lose their sign",
+        CPU_ONE,
+        ("csrc/cpu/dequantize_tensor.cpp", "(codes[i] ^ sign) - sign", "codes[i]"),
+    ),
+    plant(
+        "cpu: a range that forgets instead of keeping",
+        CPU_RANGES,
+        ("csrc/ranges.h", "momentum * old + rest * now", "rest * old + momentum * now"),
+    ),
+    plant(
+        "cpu: a range that moves with every forward",
+        CPU_RANGES,
+        ("csrc/cpu/ranges.cpp", "bool fresh = always || now != observed;", "bool fresh = true;"),
+    ),
+    plant(
+        "cpu: gamma moves where it should rest",
+        CPU_RANGES,
+        ("csrc/ranges.h", "excess > 0.0 ? gamma + stride", "excess >= 0.0 ? gamma + stride"),
     ),
     plant(
         "triton: half-up rounding",

@@ -57,19 +57,18 @@ struct Backward {
 
   template <int kTerms, class Channels>
   void span(int64_t offset, int64_t n, const Channels& channels, bool careful, float* const* sums) const {
-    float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock];
+    float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock], clipped_x[kBlock];
     const float* from_g = g.block(offset, n, buffer_g);
-    const float* from_x = x.block(offset, n, buffer_x);
-    float clipped_x[kBlock];
-    const float* clipped_from = from_x;
+    const float* original = x.block(offset, n, buffer_x);
+    const float* from_x = original;
     if (clip != 0.0f) {
-      clip_block(from_x, clipped_x, n, clip);
-      clipped_from = clipped_x;
+      clip_block(original, clipped_x, n, clip);
+      from_x = clipped_x;
     }
     float* to = dx.block(offset, buffer_dx);
     Path path = !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
-    backward_loop<kTerms, Channels>(path, offset_grid, rounded_mask)(from_g, clipped_from, to, sums, n, channels);
-    if (clip != 0.0f) mask_block(from_x, to, n, clip);
+    backward_loop<kTerms, Channels>(path, offset_grid, rounded_mask)(from_g, from_x, to, sums, n, channels);
+    if (clip != 0.0f) mask_block(original, to, n, clip);
     dx.commit(offset, n, to);
   }
 

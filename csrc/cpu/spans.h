@@ -133,6 +133,13 @@ void spans_of_piece(const Cut& cut, const Grid& grid, int64_t p, int64_t longest
   }
 }
 
+// f(offset, n) for the blocks of piece p of a tensor with one scale, in order; n <= longest.
+template <class F>
+void blocks_of_piece(const Cut& cut, int64_t p, int64_t longest, const F& f) {
+  const int64_t stop = std::min((p + 1) * kChunk, cut.length);
+  for (int64_t i = p * kChunk; i < stop; i += longest) f(i, std::min(longest, stop - i));
+}
+
 // The instance of a kernel loop template <bool kFast, bool kOffset, class Channels> for one span.
 #define FASTQAT_PICK(loop, channels, offset_grid)                                          \
   ((channels).fast ? ((offset_grid) ? loop<true, true, std::decay_t<decltype(channels)>>   \
