@@ -1,0 +1,281 @@
+"""The bugs that tests/plant.py plants, and the tests that must notice each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REFERENCE, MATH, REDUCE = "fastqat/ops/reference.py", "csrc/math.h", "csrc/cpu/reduce.h"
+TRITON, LAYOUT = "fastqat/ops/triton/math.py", "fastqat/ops/triton/layout.py"
+
+BY_ORACLE = ("tests/test_reference.py", "-k", "test_oracle_agrees and (float32 or shapes) or onnx or vector")
+CPU_VALUES = ("tests/test_conformance.py", "-k", "cpu and fake_quantize and (critical or shapes) and float32")
+CPU_SUMS = ("tests/test_conformance.py", "-k", "cpu and fake_quantize_backward and same_bits")
+MULTI, OSCILLATION = "fastqat/ops/multi_tensor.py", "csrc/oscillation.h"
+BY_ALGORITHM = ("tests/test_multi_tensor.py", "-k", "algorithm or (reference and trace)")
+CPU_TRACKING = ("tests/test_multi_tensor.py", "-k", "cpu")
+CPU_ESTIMATORS = ("tests/test_multi_tensor_gradients.py", "-k", "cpu")
+TRITON_VALUES = ("tests/test_conformance.py", "-k", "triton and fake_quantize and (critical or shapes) and float32")
+CUDA_REDUCE, TRAVERSE = "csrc/cuda/reduce.cuh", "csrc/cuda/traverse.cuh"
+CUDA_VALUES = ("tests/test_conformance.py", "-k", "host and fake_quantize and (critical or shapes) and float32")
+CUDA_ORDERS = ("tests/test_cuda_on_host.py", "-k", "every_order and backward")
+CUDA_TRACKING = ("tests/test_cuda_on_host.py", "-k", "many_weights")
+
+ONE_TENSOR, ONE_BACKWARD = "csrc/cpu/fake_quantize_tensor.cpp", "csrc/cpu/fake_quantize_tensor_backward.cpp"
+ONE_REFERENCE = ("tests/test_one_tensor.py", "-k", "reference and float32")
+CPU_ONE = ("tests/test_one_tensor.py", "-k", "cpu and (float32 or same_bits)")
+CPU_RANGES = ("tests/test_range_steps.py", "-k", "cpu and not settles")
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A bug: what it is, the replacements (file, old text, new text) that make it, and the tests that must see it."""
+
+    name: str
+    replacements: tuple[tuple[str, str, str], ...]
+    tests: tuple[str, ...]
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether it is in the C++ library. CUDA's kernels are built for the CPU by the tests that run them there."""
+        return any(file.startswith("csrc") and not file.startswith("csrc/cuda") for file, _, _ in self.replacements)
+
+
+def plant(name: str, tests: tuple[str, ...], *replacements: tuple[str, str, str]) -> Plant:
+    """Short form of Plant."""
+    return Plant(name, replacements, tests)
+
+
+IN_FINISHING_ORDER = (
+    "        double& result = partial_[p * width_ + i][q];\n",
+    "        static std::mutex mutex;\n        std::lock_guard<std::mutex> guard(mutex);\n"
+    "        double& result = partial_[cut_.by_rows ? p / cut_.per_row * cut_.per_row : p * width_ + i][q];\n",
+)
+
+PLANTS = (
+    plant(
+        "reference: half-up rounding",
+        BY_ORACLE,
+        (REFERENCE, "return r.round().clamp(grid.low", "return (r + 0.5).floor().clamp(grid.low"),
+    ),
+    plant(
+        "reference: multiplication by the reciprocal",
+        BY_ORACLE,
+        (REFERENCE, "shifted(x, grid) / grid.scale", "shifted(x, grid) * (1 / grid.scale)"),
+    ),
+    plant(
+        "reference: dropped tail of a sum",
+        BY_ORACLE,
+        (REFERENCE, "head[:, : tail.shape[1]] += tail", "head[:, : tail.shape[1] - 1] += tail[:, :-1]"),
+    ),
+    plant(
+        "reference: mask off by one code",
+        BY_ORACLE,
+        (REFERENCE, "(k >= grid.low) & (k <= grid.high)", "(k >= grid.low) & (k <= grid.high - 1)"),
+    ),
+    plant(
+        "cpu: half-up rounding", CPU_VALUES, (MATH, "return __builtin_rintf(v);", "return __builtin_floorf(v + 0.5f);")
+    ),
+    plant(
+        "cpu: multiplication by the reciprocal",
+        CPU_VALUES,
+        (MATH, "return __builtin_fmaf(e, ch.reciprocal, q);", "return q;"),
+    ),
+    plant(
+        "cpu: multiplication by the reciprocal on the fast path of the backward alone",
+        CPU_VALUES,
+        (MATH, ": quotient<true>(t, ch);", ": t * ch.reciprocal;"),
+    ),
+    plant(
+        "cpu: dropped tail",
+        CPU_VALUES,
+        ("csrc/cpu/fake_quantize.cpp", "i < n; ++i) y[i] =", "i < n - n % 16; ++i) y[i] ="),
+    ),
+    plant(
+        "cpu: dropped tail of a sum",
+        CPU_VALUES,
+        (REDUCE, "for (int64_t i = whole; i < n; ++i) merge", "for (int64_t i = whole; i < n - 1; ++i) merge"),
+    ),
+    plant(
+        "cpu: mask off by one code",
+        CPU_VALUES,
+        (
+            MATH,
+            "float nearest = clamp(tested, ch.low, ch.high);",
+            "float nearest = clamp(tested, ch.low, ch.high - 1.0f);",
+        ),
+    ),
+    plant(
+        "cpu: sum in thread order",
+        CPU_SUMS,
+        (REDUCE, "#include <limits>\n", "#include <limits>\n#include <mutex>\n"),
+        (REDUCE, *IN_FINISHING_ORDER),
+    ),
+    plant(
+        "reference: every second change is an oscillation",
+        BY_ALGORITHM,
+        (MULTI, "(way != word.direction)", "(way == word.direction)"),
+    ),
+    plant(
+        "reference: freezes at the average of after the step",
+        BY_ALGORITHM,
+        (MULTI, "mean = (word.index.float() + a * at.previous_decay).round()", "mean = current"),
+    ),
+    plant(
+        "reference: a freeze acts in its own step",
+        BY_ALGORITHM,
+        (
+            MULTI,
+            "direction = torch.where(held & ~nan, words.NONE,",
+            "direction = torch.where(freezes | held, words.NONE,",
+        ),
+    ),
+    plant(
+        "cpu: a threshold that falls fast freezes nothing",
+        CPU_TRACKING,
+        (OSCILLATION, "at.sweeps = too_large || at.activates || falls;", "at.sweeps = too_large || at.activates;"),
+    ),
+    plant(
+        "cpu: rescaled at 2^60, but not the averages",
+        CPU_TRACKING,
+        (OSCILLATION, "float average = weight.average * at.rescale;", "float average = weight.average;"),
+    ),
+    plant(
+        "cpu: a frozen weight still passes its gradient",
+        CPU_ESTIMATORS,
+        (MATH, "bool inside = (nearest == tested) & !held;", "bool inside = nearest == tested;"),
+    ),
+    plant(
+        "reference: a bit that does not know of the clip",
+        ONE_REFERENCE,
+        ("fastqat/ops/one_tensor.py", "inside, passes & (tested >= grid.low)", "inside, (tested >= grid.low)"),
+    ),
+    plant(
+        "cpu: packed codes without their last byte",
+        CPU_ONE,
+        ("csrc/cpu/pack.cpp", "stream, packed_bytes(rest, bits)", "stream, rest * bits / 8"),
+    ),
+    plant(
+        "cpu: noise that begins anew with every block",
+        CPU_ONE,
+        (ONE_TENSOR, "noise_->draw(offset, n, ", "noise_->draw(0, n, "),
+    ),
+    plant(
+        "cpu: bits without the lowest code",
+        CPU_ONE,
+        (ONE_TENSOR, "(tested[i] >= low)", "(tested[i] > low)"),
+    ),
+    plant(
+        "cpu: bits that let 0 through a ReLU",
+        CPU_ONE,
+        (ONE_TENSOR, "passes_clip(x[i], clip);", "static_cast<uint8_t>(x[i] >= 0.0f && x[i] < clip);"),
+    ),
+    plant(
+        "cpu: the limit itself lies beyond it",
+        CPU_ONE,
+        (ONE_TENSOR, "__builtin_fabsf(x[i]) > limit", "__builtin_fabsf(x[i]) >= limit"),
+    ),
+    plant(
+        "cpu: Inf widens a range",
+        CPU_ONE,
+        (ONE_TENSOR, "if (highest == kInfinity) extremes_loop(x, rows, n);", ""),
+    ),
+    plant(
+        "cpu: NaN has another code than 0",
+        CPU_ONE,
+        (ONE_TENSOR, "rounded[i] == rounded[i] ? rounded[i] : 0.0f", "rounded[i]"),
+    ),
+    plant(
+        "cpu: gradients are multiplied by their bits",
+        CPU_ONE,
+        (
+            ONE_BACKWARD,
+            "as_float(as_bits(g) & (0u - (bits >> bit & 1u)))",
+            "g * static_cast<float>(bits >> bit & 1u)",
+        ),
+    ),
+    plant(
+        "cpu: PACT's sum in the order in which threads finish",
+        CPU_ONE,
+        (
+            ONE_BACKWARD,
+            "if (sums) partial[p] = total;",
+            "static std::mutex mutex;\n    std::lock_guard<std::mutex> guard(mutex);\n"
+            "    for (int k = 0; sums && k < kLanes; ++k) partial[0][k] += total[k];",
+        ),
+        (ONE_BACKWARD, '#include "bits.h"', '#include <mutex>\n\n#include "bits.h"'),
+    ),
+    plant(
+        "cpu: packed codes lose their sign",
+        CPU_ONE,
+        ("csrc/cpu/dequantize_tensor.cpp", "(codes[i] ^ sign) - sign", "codes[i]"),
+    ),
+    plant(
+        "cpu: a range that forgets instead of keeping",
+        CPU_RANGES,
+        ("csrc/ranges.h", "momentum * old + rest * now", "rest * old + momentum * now"),
+    ),
+    plant(
+        "cpu: a range that moves with every forward",
+        CPU_RANGES,
+        ("csrc/cpu/ranges.cpp", "bool fresh = always || now != observed;", "bool fresh = true;"),
+    ),
+    plant(
+        "cpu: gamma moves where it should rest",
+        CPU_RANGES,
+        ("csrc/ranges.h", "excess > 0.0 ? gamma + stride", "excess >= 0.0 ? gamma + stride"),
+    ),
+    plant(
+        "triton: half-up rounding",
+        TRITON_VALUES,
+        (TRITON, "return (v + _ROUNDER) - _ROUNDER", "return tl.floor(v + 0.5)"),
+    ),
+    plant(
+        "triton: multiplication by the reciprocal",
+        TRITON_VALUES,
+        (TRITON, "return tl.fma(e, ch.reciprocal, q)", "return q"),
+    ),
+    plant(
+        "triton: dropped tail",
+        TRITON_VALUES,
+        (LAYOUT, "return cols < shape.length if TILE.rows == 1", "return cols < shape.length - 1 if TILE.rows == 1"),
+    ),
+    plant(
+        "triton: mask off by one code",
+        TRITON_VALUES,
+        (TRITON, "(tested >= ch.low) & (tested <= ch.high)", "(tested >= ch.low) & (tested <= ch.high - 1.0)"),
+    ),
+    plant(
+        "cuda: no barrier before the sums of warps are read",
+        CUDA_ORDERS,
+        (CUDA_REDUCE, "= sums;\n  __syncthreads();\n  if (threadIdx.x == 0)", "= sums;\n  if (threadIdx.x == 0)"),
+    ),
+    plant(
+        "cuda: no barrier before a block says that it is done",
+        CUDA_ORDERS,
+        (CUDA_REDUCE, "  __threadfence();\n  __syncthreads();\n", "  __threadfence();\n"),
+    ),
+    plant(
+        "cuda: no barrier before the weights that have changed are visited",
+        CUDA_TRACKING,
+        (
+            "csrc/cuda/tracking.cu",
+            "    __syncthreads();\n    for (unsigned int k = threadIdx.x; k < visits.count",
+            "    for (unsigned int k = threadIdx.x; k < visits.count",
+        ),
+    ),
+    plant(
+        "cuda: last element of a tail",
+        CUDA_VALUES,
+        (TRAVERSE, "k < mine.count; k += mine.lanes", "k < mine.count - 1; k += mine.lanes"),
+    ),
+    plant(
+        "cuda: a vector that begins one element before its tail",
+        CUDA_VALUES,
+        (TRAVERSE, "(size - before) / vector * vector", "(size - before + 1) / vector * vector"),
+    ),
+    plant(
+        "cuda: shuffles of half the width",
+        CUDA_VALUES,
+        (CUDA_REDUCE, "distance, lanes)", "distance, lanes / 2)"),
+    ),
+)
