@@ -105,6 +105,21 @@ def test_whole_run_writes_everything_and_repeats(tmp_path: Path) -> None:
         assert first == second != other
 
 
+def test_fused_and_compressed_training_is_the_same(tmp_path: Path) -> None:
+    """Quantizers that compute the ReLU in front of them, bits instead of tensors: equal rows and weights."""
+    short = replace(TINY, fp32_epochs=1, epochs=1)
+    plain = Trainer(replace(short, out=tmp_path / "plain"))
+    less = Trainer(replace(short, out=tmp_path / "less", fuse_activations=True, compress_activations=True))
+    plain.run()
+    less.run()
+    assert metrics(tmp_path / "plain") == metrics(tmp_path / "less")
+    assert same_state(plain.model.state_dict(), less.model.state_dict())
+    kinds = [type(module).__name__ for module in less.model.modules()]
+    assert "FusedActivation" in kinds and "FusedActivation" not in [type(m).__name__ for m in plain.model.modules()]
+    codes = [getattr(module, "saves_codes", None) for module in less.model.modules()]
+    assert True in codes and True not in [getattr(module, "saves_codes", None) for module in plain.model.modules()]
+
+
 def test_learning_rate_follows_a_cosine(tmp_path: Path) -> None:
     Trainer(replace(TINY, out=tmp_path / "run", fp32_lr=0.08, lr=0.02)).run()
     rates = [row["lr"] for row in metrics(tmp_path / "run") if row["phase"] != "PTQ"]

@@ -66,6 +66,13 @@ class Config:
     range_momentum: float = option(
         0.9, "of ranges of activations and gradients that are averages, below 1", low=0, high=1, group=QUANTIZATION
     )
+    fuse_activations: bool = option(False, "quantizers compute the ReLU in front of them", group=QUANTIZATION)
+    compress_activations: bool = option(
+        False,
+        "layers keep codes of their inputs for the backward pass, and ReLUs bits: less memory, the same training",
+        group=QUANTIZATION,
+        movable=True,
+    )
     range: str = option("mse", "how the first ranges are chosen", choices=tuple(ranges.ESTIMATORS), group=QUANTIZATION)
     calibration_batches: int = option(8, "training batches that choose the ranges", low=1, group=QUANTIZATION)
     reestimate_bn: str = option(

@@ -85,7 +85,9 @@ def prepare_as(config: Config, model: nn.Module, qconfig: fastqat.QConfig) -> No
     if config.first_last_float and (layers := candidates(model)[0]):
         names = names_of_modules(model)
         overrides = {glob.escape(names[layer][0]): None for layer in (layers[0], layers[-1])}
-    fastqat.prepare(model, qconfig, first_last_bits=config.first_last_bits or None, overrides=overrides)
+    bits = config.first_last_bits or None
+    fuses = config.fuse_activations
+    fastqat.prepare(model, qconfig, first_last_bits=bits, overrides=overrides, fuse_activations=fuses)
 
 
 def oscillation(config: Config, steps: int) -> fastqat.Oscillation | None:

@@ -31,6 +31,8 @@ class QuantizedTraining(Training):
         self, run: Run, phase: str, optimizers: list[Optimizer], epochs: int, first_order: int, warmup_epochs: float
     ) -> None:
         # Before the network is wrapped and compiled: these see its hooks.
+        if run.config.compress_activations:
+            fastqat.compress_saved_activations(run.model)
         fastqat.quantize_weights_together(run.model, BUCKET_BYTES if run.processes.world_size > 1 else None)
         if run.config.compile:
             _see_first_gradients(run, first_order)
