@@ -83,10 +83,10 @@ def from_memory(values: Tensor, like: Tensor) -> Tensor:
 
 
 @functools.cache
-def uniforms(noise: tuple[int, int, int]) -> np.ndarray:
-    """As many numbers of Philox as the largest case needs."""
+def uniforms(noise: tuple[int, int, int], count: int) -> np.ndarray:
+    """The first numbers of Philox."""
     tensor_id, seed, step = noise
-    return oracle.philox_uniform(step, seed, tensor_id, 8192)[0].numpy()
+    return oracle.philox_uniform(step, seed, tensor_id, count)[0].numpy()
 
 
 def stream(codes: np.ndarray, bits: int) -> Tensor:
@@ -111,7 +111,7 @@ def fake_quantize_tensor(case: Case) -> tuple[Tensor, ...]:
         wide = np.clip(wide, F32(0), F32(case.clip)) if case.clip else wide
         law = oracle.Grid(torch.from_numpy(wide), scale, zero_point, offset, qrange, None, eps)
         r = law.ratio(torch.from_numpy(wide))
-        drawn = np.floor(r + uniforms(case.noise)[: r.size]) if case.noise[0] >= 0 else np.rint(r)
+        drawn = np.floor(r + uniforms(case.noise, max(r.size, 8192))[: r.size]) if case.noise[0] >= 0 else np.rint(r)
         tested = (drawn if case.rounded else r).astype(F64)
         low, high = law.low - law.z, law.high - law.z
         code = np.clip(drawn.astype(F64), low, high) + law.z

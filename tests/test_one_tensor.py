@@ -163,6 +163,16 @@ def test_vector_of_the_noise(backend: str) -> None:
 
 @of_dtypes
 @on_backends
+def test_noise_beyond_one_piece_of_work(backend: str, dtype: torch.dtype) -> None:
+    """Numbers, counts and extremes go on where another piece, or another block, begins."""
+    x = random((9_011,), 6).to(dtype)
+    x[3], x[-2] = 90.0, -80.0
+    case = Case(case_of(x), noise=(3, 5, 7), limit=0.5, extremes=(-1.0, 1.0), y=torch.float32)
+    check(case, device_of(backend), 0)
+
+
+@of_dtypes
+@on_backends
 def test_dequantize(backend: str, dtype: torch.dtype) -> None:
     """Packed codes of every width give the values that they were made with, in every layout."""
     device = device_of(backend)

@@ -1,13 +1,14 @@
 // fake_quantize_tensor: all that one read of an activation or a gradient with one scale can give.
 //
 // Stages, each a loop that the compiler vectorises, pass over a block in the first-level cache one after the other;
-// what is not wanted is not done. What training asks for most is one loop: the plain one.
+// what is not wanted is not done. What training asks for most is one loop: plain_loop(), and round_in_registers().
 #include <optional>
 
 #include "bits.h"
 #include "noise.h"
 #include "ops.h"
 #include "reduce.h"
+#include "stochastic.h"
 
 namespace fastqat::cpu {
 namespace {
@@ -155,13 +156,15 @@ class Forward {
     const bool needs_rounded = wanted.y || wanted.codes || (rounded_mask && (wanted.inside || wanted.above));
     plain_ = wanted.y && fast_ && rounded_mask && clip == 0.0f && !noise && !wanted.above && !wanted.codes;
     only_drawn_ = wanted.y && noise && !wanted.inside && !wanted.above && !wanted.codes;
+    in_registers_ = only_drawn_ && !offset_grid_ && can_round_in_registers();
     rounds_ = needs_rounded && !plain_ && !only_drawn_;
   }
 
   // Without buffers a piece is one block.
   int64_t longest_block() const {
     const bool in_place = in_.dtype == ScalarType::Float && out_.dtype == ScalarType::Float;
-    return plain_ && in_place && !wanted_.inside && !wanted_.beyond ? kChunk : kBlock;
+    const bool one_loop = in_registers_ ? clip_ == 0.0f : plain_ && !wanted_.inside && !wanted_.beyond;
+    return in_place && one_loop ? kChunk : kBlock;
   }
 
   // n <= longest_block()
@@ -173,6 +176,7 @@ class Forward {
       clip_loop(original, clipped_x, n, clip_);
       x = clipped_x;
     }
+    if (in_registers_) return draw_in_registers(x, offset, n, seen);
     if (wanted_.beyond) seen.beyond += count_loop(x, n, limit_);
     if (plain_) return plain(x, offset, n, seen);
     if (wanted_.low) {
@@ -204,6 +208,13 @@ class Forward {
       for (float lane : extremes[q]) highest = Largest::merge(highest, lane);
     if (highest == kInfinity) extremes_loop(x, rows, n);
     seen.add(extremes);
+  }
+
+  void draw_in_registers(const float* x, int64_t offset, int64_t n, Seen& seen) const {
+    float buffer[kBlock];
+    float* y = out_.block(offset, buffer);
+    seen.beyond += round_in_registers(*noise_, ch_, limit_, offset, n, x, y, wanted_.low ? seen.largest : nullptr);
+    out_.commit(offset, n, y);
   }
 
   void draw_values(const float* x, int64_t offset, int64_t n) const {
@@ -263,7 +274,7 @@ class Forward {
   std::optional<Uniforms> noise_;
   float clip_, limit_;
   Wanted wanted_;
-  bool offset_grid_, rounded_mask_, fast_, plain_, only_drawn_, rounds_;
+  bool offset_grid_, rounded_mask_, fast_, plain_, only_drawn_, in_registers_, rounds_;
 };
 
 template <class T>
