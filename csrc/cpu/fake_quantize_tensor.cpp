@@ -24,16 +24,23 @@ struct Largest : Max {
 };
 
 using Extremes = float* const*;  // of -x and of x: [2][kLanes], largest of each lane
+using PlainLoop = void (*)(const float* x, float* y, float* tested, Extremes extremes, int64_t n, Channel ch);
 
-// y, and with kRounded what it was rounded to, not clamped: a byte for each element would cost more in this loop than
-// another loop over `rounded` does. For fast scales.
-template <bool kOffset, bool kRounded>
-FASTQAT_CLONES void plain_loop(const float* x, float* y, float* rounded, Extremes extremes, int64_t n, Channel ch) {
+// What masks look at.
+enum class Tested { nothing, rounded, unrounded };
+
+// y, and what masks look at: a byte for each element would cost more in this loop than another loop over `tested` does.
+// For fast scales.
+template <bool kOffset, Tested kTested>
+FASTQAT_CLONES void plain_loop(const float* x, float* y, float* tested, Extremes extremes, int64_t n, Channel ch) {
   reduce_span<Largest, 2, true>(n, extremes, [&](int64_t i) __attribute__((always_inline)) {
     float t = shifted<kOffset>(x[i], ch), lev;
-    if (kRounded) {
-      rounded[i] = round_even(ratio<true>(t, ch));
-      lev = clamp(rounded[i], ch.low, ch.high);
+    if (kTested == Tested::rounded) {
+      tested[i] = round_even(ratio<true>(t, ch));
+      lev = clamp(tested[i], ch.low, ch.high);
+    } else if (kTested == Tested::unrounded) {
+      tested[i] = t / ch.scale;
+      lev = clamp(round_even(tested[i]), ch.low, ch.high);
     } else {
       lev = level<true>(t, ch);
     }
@@ -151,10 +158,10 @@ class Forward {
         limit_(limit),
         wanted_(wanted),
         offset_grid_(grid.offset_grid()),
-        rounded_mask_(rounded_mask),
         fast_(is_fast_scale(ch_.scale)) {
     const bool needs_rounded = wanted.y || wanted.codes || (rounded_mask && (wanted.inside || wanted.above));
-    plain_ = wanted.y && fast_ && rounded_mask && clip == 0.0f && !noise && !wanted.above && !wanted.codes;
+    tested_ = !wanted.inside && !wanted.above ? Tested::nothing : rounded_mask ? Tested::rounded : Tested::unrounded;
+    plain_ = wanted.y && fast_ && clip == 0.0f && !noise && !wanted.codes;
     only_drawn_ = wanted.y && noise && !wanted.inside && !wanted.above && !wanted.codes;
     in_registers_ = only_drawn_ && !offset_grid_ && can_round_in_registers();
     rounds_ = needs_rounded && !plain_ && !only_drawn_;
@@ -163,7 +170,7 @@ class Forward {
   // Without buffers a piece is one block.
   int64_t longest_block() const {
     const bool in_place = in_.dtype == ScalarType::Float && out_.dtype == ScalarType::Float;
-    const bool one_loop = in_registers_ ? clip_ == 0.0f : plain_ && !wanted_.inside && !wanted_.beyond;
+    const bool one_loop = in_registers_ ? clip_ == 0.0f : plain_ && tested_ == Tested::nothing && !wanted_.beyond;
     return in_place && one_loop ? kChunk : kBlock;
   }
 
@@ -186,28 +193,35 @@ class Forward {
       seen.add(extremes);
     }
     if (only_drawn_) return draw_values(x, offset, n);
-    float rounded[kBlock];
+    float rounded[kBlock], unrounded[kBlock];
     if (rounds_) round(x, rounded, offset, n);
-    masks(original, x, rounded, offset, n);
+    if (tested_ == Tested::unrounded) (offset_grid_ ? ratio_loop<true> : ratio_loop<false>)(x, unrounded, n, ch_);
+    masks(original, tested_ == Tested::rounded ? rounded : unrounded, offset, n);
     results(rounded, offset, n);
   }
 
  private:
   void plain(const float* x, int64_t offset, int64_t n, Seen& seen) const {
-    float buffer[kBlock], rounded[kBlock], extremes[2][kLanes];
+    float buffer[kBlock], tested[kBlock], extremes[2][kLanes];
     float* const rows[2] = {extremes[0], extremes[1]};
     float* y = out_.block(offset, buffer);
-    const auto loop = wanted_.inside ? (offset_grid_ ? plain_loop<true, true> : plain_loop<false, true>)
-                                     : (offset_grid_ ? plain_loop<true, false> : plain_loop<false, false>);
-    loop(x, y, rounded, rows, n, ch_);
+    const auto loop = tested_ == Tested::nothing   ? plain_loop_for<Tested::nothing>()
+                      : tested_ == Tested::rounded ? plain_loop_for<Tested::rounded>()
+                                                   : plain_loop_for<Tested::unrounded>();
+    loop(x, y, tested, rows, n, ch_);
     out_.commit(offset, n, y);
-    masks(x, x, rounded, offset, n);
+    masks(x, tested, offset, n);
     if (!wanted_.low) return;
     float highest = -kInfinity;
     for (int q = 0; q < 2; ++q)
       for (float lane : extremes[q]) highest = Largest::merge(highest, lane);
     if (highest == kInfinity) extremes_loop(x, rows, n);
     seen.add(extremes);
+  }
+
+  template <Tested kTested>
+  PlainLoop plain_loop_for() const {
+    return offset_grid_ ? plain_loop<true, kTested> : plain_loop<false, kTested>;
   }
 
   void draw_in_registers(const float* x, int64_t offset, int64_t n, Seen& seen) const {
@@ -237,11 +251,7 @@ class Forward {
     }
   }
 
-  void masks(const float* original, const float* x, const float* rounded, int64_t offset, int64_t n) const {
-    if (!wanted_.inside && !wanted_.above) return;
-    float unrounded[kBlock];
-    if (!rounded_mask_) (offset_grid_ ? ratio_loop<true> : ratio_loop<false>)(x, unrounded, n, ch_);
-    const float* tested = rounded_mask_ ? rounded : unrounded;
+  void masks(const float* original, const float* tested, int64_t offset, int64_t n) const {
     alignas(64) uint8_t bytes[kBlock];
     if (wanted_.inside) {
       inside_loop(tested, bytes, n, ch_.low, ch_.high);
@@ -274,7 +284,8 @@ class Forward {
   std::optional<Uniforms> noise_;
   float clip_, limit_;
   Wanted wanted_;
-  bool offset_grid_, rounded_mask_, fast_, plain_, only_drawn_, in_registers_, rounds_;
+  Tested tested_;
+  bool offset_grid_, fast_, plain_, only_drawn_, in_registers_, rounds_;
 };
 
 template <class T>
