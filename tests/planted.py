@@ -160,6 +160,16 @@ PLANTS = (
         (ONE_TENSOR, "noise_->draw(offset, n, ", "noise_->draw(0, n, "),
     ),
     plant(
+        "cpu: noise begun anew with each piece of work, in registers",
+        ("tests/test_one_tensor.py", "-k", "cpu and beyond_one_piece"),
+        (ONE_TENSOR, "limit_, offset, n, x, y", "limit_, 0, n, x, y"),
+    ),
+    plant(
+        "cpu: an element at the limit counts as beyond it, in registers",
+        ("tests/test_gradient_quant.py", "-k", "not compiled"),
+        ("csrc/cpu/stochastic.cpp", "_CMP_GT_OQ", "_CMP_GE_OQ"),
+    ),
+    plant(
         "cpu: bits without the lowest code",
         CPU_ONE,
         (ONE_TENSOR, "(tested[i] >= low)", "(tested[i] > low)"),
