@@ -61,7 +61,7 @@ ZEROS = torch.zeros(2, 3, 4, 4)
         (lambda x: torch.cat([x.relu(), x.clamp(-5, 1)], 1), -5, 13),
         (nn.Sequential(nn.Dropout(), nn.AdaptiveAvgPool2d(1)), -11, 13),
     ),
-    ids=str,
+    ids=("nothing", "relu", "in_place", "relu6", "hardtanh", "max", "min", "pooled", "joined", "modules"),
 )
 def test_range(between: object, low: float, high: float) -> None:
     """beta -+ 6 |gamma| over the channels, clipped as the function clips; the codes are signed where it is negative."""
