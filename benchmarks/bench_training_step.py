@@ -1,7 +1,8 @@
 """A whole training step, batch 128 of 32 x 32 images: float32 beside W4A4, by fastqat and by its peers.
 
 Every quantized network is the same one, prepared and calibrated by fastqat; the peers stand in for its quantizers.
-First and last layer at 8 bits, weights per channel, activations per tensor, all scales learned.
+First and last layer at 8 bits, weights per channel, activations per tensor, all scales learned. "gradients" has LBT's
+quantizers, those of gradients too; "compressed" keeps codes and bits for the backward pass.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ ROUNDS = {"resnet20": 10, "mobilenetv2": 2}
 
 for network in ROUNDS:
     goal(f"{network}: W4A4 step / float32 step", f"{network}_fastqat", f"{network}_float", "<=", 1.35)
+    goal(f"{network}: W4A4G4 step / float32 step", f"{network}_gradients", f"{network}_float", "<=", 1.35)
+    goal(f"{network}: compressed W4A4 step / W4A4 step", f"{network}_compressed", f"{network}_fastqat", "<=", 1.15)
     for peer in ("eager", "aten"):
         goal(f"{network}: {peer} step / fastqat step", f"{network}_{peer}", f"{network}_fastqat", ">=", 1)
 
@@ -77,10 +80,18 @@ def bench_step(benchmark, network):
     spec = fastqat.QSpec(bits=4, learn="scale")
     config = fastqat.QConfig(fastqat.QSpec(bits=4, axis=0, learn="scale"), spec)
     quantized = fastqat.prepare(copy.deepcopy(model), config, first_last_bits=8)
-    fastqat.calibrate(quantized, [images])
+    lbt = fastqat.quantizers.lbt_weight(4), fastqat.quantizers.lbt_activation(4)
+    with_gradients = fastqat.QConfig(*lbt, gradient=fastqat.GradientQSpec(4))
+    gradients = fastqat.prepare(copy.deepcopy(model), with_gradients, first_last_bits=8)
+    for prepared in (quantized, gradients):
+        fastqat.calibrate(prepared, [images])
+    compressed = copy.deepcopy(quantized)
+    fastqat.compress_saved_activations(compressed)
     networks = {
         "float": model,
         "fastqat": quantized,
+        "gradients": gradients,
+        "compressed": compressed,
         "eager": by_peer(quantized, eager_lsq),
         "aten": by_peer(quantized, aten_learnable),
     }
