@@ -216,7 +216,10 @@ def test_finished_run_only_draws_again(whole: Path, capsys: pytest.CaptureFixtur
     ("argv", "message"),
     [
         (["--resume", "absent"], "resume absent: wanted the folder of a run; got no config.yaml there"),
-        (["--resume", "run", "--lr", "1"], "resume run: wanted no option but root, device,"),
+        (
+            ["--resume", "run", "--lr", "1"],
+            "resume run: wanted no option but root, compress_activations, record_quantizers, device,",
+        ),
         (["--resume", "run", "--recipe", "digits"], "got recipe, which decides the numbers"),
     ],
 )
