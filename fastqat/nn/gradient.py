@@ -136,7 +136,7 @@ class GradientFakeQuant(QuantizerState):
         self.fake_quant_enabled = True
         self.symmetric = spec.method in IN_INTERVAL
         self.grid_kind = "symmetric" if self.symmetric else "affine"
-        self.initialized = not (spec.method == "in_hindsight" or (spec.method == "lbt" and spec.gamma is None))
+        self.initialized = self.has_given_range()
         self.watched: Tensor | None = None
         self._warned = False
         self._age, self.searches = 0, spec.method == "dsgc"

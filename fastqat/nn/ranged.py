@@ -14,8 +14,6 @@ from fastqat.nn.following import FollowingRange
 from fastqat.nn.spec import code_range
 from fastqat.ops import checks
 
-_ops = torch.ops.fastqat
-
 
 class RangedQuantizer(FollowingRange):
     """Base of :class:`fastqat.FakeQuant`: the parameters of its grid, and what sets them."""
