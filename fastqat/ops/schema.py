@@ -131,6 +131,27 @@ IN_PLACE_OPS: dict[str, str] = {
         "float stride, float smallest, Tensor(a!) gamma, Tensor(b!) beyond, Tensor(c!) seen, "
         "Tensor(d!) observed_step, Tensor(e!) limit, Tensor(f!) scale) -> ()"
     ),
+    # first, second = fake_quantize(x) on two grids, from one read of x. scales, zero_points, offsets: float32 [2, C], or
+    # [2, 1] per tensor; qranges: int32 [2, 2]; axis and eps as elsewhere. first, second: like x, of any floating dtype.
+    "fake_quantize_two_widths": (
+        "fake_quantize_two_widths(Tensor x, Tensor scales, Tensor? zero_points, Tensor? offsets, Tensor qranges, "
+        "int? axis, float eps, Tensor(a!) first, Tensor(b!) second) -> ()"
+    ),
+    # A weight of DoReFa at one bit-width, or at two from one read of it: u = tanh(x) / tanh(m), m = max|x|, on the grid
+    # of n + 1 values from -1 to 1: (2 r - n) / n, r = 0 .. n. tanh is that of fastqat/ops/two_widths.py.
+    #   low, high   float32 [1]: extremes of x as minmax finds them
+    #   qmax        int32 [2]: n = 2^bits - 1 of first and of second
+    #   sums        int64 [2, 2], or empty: for each width the sum of r, and that of r^2
+    #   first, second   like x, of any floating dtype; an empty second asks for none
+    "dorefa_fake_quantize": (
+        "dorefa_fake_quantize(Tensor x, Tensor low, Tensor high, Tensor qmax, Tensor(a!) sums, Tensor(b!) first, "
+        "Tensor(c!) second) -> ()"
+    ),
+    # Gradient of it, which is that of u at any bit-width, times factor (float32 [1], or empty: 1). g: any strides;
+    # dx: like x. The elements with |x| = m share what passes through m.
+    "dorefa_fake_quantize_backward": (
+        "dorefa_fake_quantize_backward(Tensor g, Tensor x, Tensor low, Tensor high, Tensor factor, Tensor(a!) dx) -> ()"
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastqat.ops import multi_tensor, native, one_tensor, reference, schema, triton
+from fastqat.ops import multi_tensor, native, one_tensor, reference, schema, triton, two_widths
 
 DEVICE_KEYS = ("CPU", "CUDA")
 
@@ -54,7 +54,7 @@ def _define() -> None:
 def _in_place(backend: object, name: str) -> Callable[..., None]:
     """Kernel of an op in :data:`schema.IN_PLACE_OPS`; those of the reference have modules of their own."""
     if backend is reference:
-        backend = multi_tensor if hasattr(multi_tensor, name) else one_tensor
+        backend = next(module for module in (multi_tensor, one_tensor, two_widths) if hasattr(module, name))
     return getattr(backend, name)
 
 

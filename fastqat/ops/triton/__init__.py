@@ -31,6 +31,9 @@ _MODULES = {
     "dequantize_tensor": "dequantize_tensor",
     "advance_range": "advance",
     "advance_interval": "advance",
+    "fake_quantize_two_widths": "two_widths",
+    "dorefa_fake_quantize": "two_widths",
+    "dorefa_fake_quantize_backward": "two_widths",
 }
 
 
