@@ -79,6 +79,26 @@ def dorefa_activation(bits: int, **options: Any) -> QSpec:
     return _spec(options, bits=bits, signed=False, ste_mask="unrounded", range="fixed", fixed_range=(0.0, 1.0))
 
 
+def dorefa_weight(bits: int, *, rescale: str | None = None, **options: Any) -> QSpec:
+    """DoReFa of weights: tanh(w) / max|tanh(w)|, rounded to 2^bits levels from -1 to 1; SAT's with a rescaling.
+
+    The gradient goes through rounding as it is, and through tanh and the maximum. There is no level at 0.
+
+    Args:
+        bits: 2 to 8.
+        rescale: None; "constant": the result has the standard deviation 1 / sqrt(output channels * size of the kernel),
+            without a gradient through the factor (SAT, for layers that no batch normalization follows); "std": that of
+            the weight.
+        options: others of QSpec.
+
+    Source: Zhou et al., DoReFa-Net (1606.06160), section 2.3; Jin et al., Towards Efficient Training for Neural Network
+        Quantization (1912.10207). There, evaluation divides the bias by the factor instead; here it is the
+        same function in training and evaluation.
+    """
+    grid = {"symmetric": False, "range": "fixed", "fixed_range": (-1.0, 1.0)}
+    return _spec(options, bits=bits, normalize="tanh", rescale=rescale, **grid)
+
+
 def lbt_weight(bits: int, **options: Any) -> QSpec:
     """Weights of LBT: 2^bits - 1 levels on [-b, b] counted from -b, with b learned from 3 standard deviations on.
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fastqat import multi_tensor
 from fastqat.autograd import CLIPS, activated
+from fastqat.dorefa import dorefa_fake_quantize
 from fastqat.nn.calls import NOTHING, Together
 from fastqat.nn.coded import Keep
 from fastqat.nn.items import quantize_alone
@@ -63,6 +64,7 @@ class FakeQuant(RangedQuantizer):
     oscillation: Oscillation | None
     dampening: Dampening | None
     tracker: Tracker | None
+    rescale: str | None
 
     @torch.inference_mode(False)  # what inference makes, training could not change
     def __init__(
@@ -122,13 +124,39 @@ class FakeQuant(RangedQuantizer):
 
     @bits.setter
     def bits(self, bits: int) -> None:
-        checks.bit_width(bits, lowest=2 if self.restricted else 1)
+        checks.bit_width(bits, lowest=self.fewest_bits)
         if bits != self._bits and self.tracker is not None and self.tracker.has_tracked:
             warnings.warn(
                 f"FakeQuant.bits: {self._bits} becomes {bits}; what was tracked of oscillations is reset, frozen "
                 "weights are free again",
                 stacklevel=2,
             )
+        self._set_bits(bits)
+
+    def change_bits(self, bits: int) -> None:
+        """Set the bit-width in place and keep the range, as far as the grid allows: scale * (qmax - qmin) stays.
+
+        What was tracked of oscillations says nothing of other codes: it is forgotten.
+
+        Args:
+            bits: 1 to 8; from 2 on where the grid is restricted or that of DoReFa.
+
+        Raises:
+            ValueError: another number.
+        """
+        checks.bit_width(bits, lowest=self.fewest_bits)
+        if bits != self._bits:
+            grid = self.grid_at(bits) if self.initialized else None
+            self._set_bits(bits)
+            if grid is not None:
+                self.write_grid(grid)
+
+    @property
+    def fewest_bits(self) -> int:
+        """The lowest bit-width that its grid may have."""
+        return 2 if self.restricted or self.normalize == "tanh" else 1
+
+    def _set_bits(self, bits: int) -> None:
         changed, self._bits = bits != self._bits, bits
         self._write_codes()
         if changed:
@@ -209,6 +237,14 @@ class FakeQuant(RangedQuantizer):
         if not self.initialized:
             self._initialize(activated(x, clip))
         ready = self.initialized and self.fake_quant_enabled
+        if ready and self.normalize == "tanh":
+            return dorefa_fake_quantize(x, self.qrange[1:], self.rescale, out_dtype)
+        y = self._quantized(x, clip, ready, out_dtype, keep)
+        return self.in_units(y) if ready else y
+
+    def _quantized(
+        self, x: Tensor, clip: float, ready: bool, out_dtype: torch.dtype | None, keep: Keep | None
+    ) -> Tensor:
         if ready and self.fits_one_pass() and not torch._C._are_functorch_transforms_active():
             return quantize_in_one_pass(self, x, clip, out_dtype, keep)
         x = activated(x, clip)
@@ -221,6 +257,16 @@ class FakeQuant(RangedQuantizer):
                 checks.fail(NotImplementedError, "FakeQuant", wanted, f"estimator={self.estimator!r}")
             return quantize_alone(self, x, scale, zero_point, axis, out_dtype)
         return quantize_with_gradients(self, x, axis, scale, zero_point, 0.0, out_dtype)
+
+    def in_units(self, y: Tensor) -> Tensor:
+        """What was quantized in units of the range, scale * (qmax + 1), where normalize="range"; else as it is."""
+        if self.normalize != "range":
+            return y
+        shape = [1] * y.dim()
+        if self.axis is not None:
+            shape[self.axis] = -1
+        unit = self.scale.clamp(min=self.eps) * (self.qrange[1] + 1)
+        return (y / unit.view(shape)).to(y.dtype)
 
     def fits_one_pass(self) -> bool:
         """True if :mod:`fastqat.one_tensor` may compute it: one scale, and the straight-through estimator or PACT."""
@@ -246,7 +292,8 @@ class FakeQuant(RangedQuantizer):
     def is_ready(self) -> bool:
         """True if a call would quantize and do nothing else: the range is set, it is switched on, no hook listens."""
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        return not hooks and self.initialized and self.fake_quant_enabled and not self._calibrating
+        known = self.normalize != "tanh"  # which no op on many tensors computes
+        return known and not hooks and self.initialized and self.fake_quant_enabled and not self._calibrating
 
     def done_together(self, weight: Tensor, dtype: torch.dtype | None) -> Tensor | None:
         """The quantized weight, where :func:`quantize_weights_together` has it; else None."""

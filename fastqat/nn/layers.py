@@ -97,6 +97,8 @@ class QuantizedLayer:
         quantized = quantizer.done_together(weight, dtype)
         if quantized is None:
             quantized = quantizer(self.quantized_view(weight, quantizer), dtype)
+        else:
+            quantized = quantizer.in_units(quantized)
         return self.output_channels_first(quantized, self._groups)
 
     def quantized_view(self, weight: Tensor, quantizer: FakeQuant) -> Tensor:
@@ -121,6 +123,8 @@ class QuantizedLayer:
     def coded_input(self, x: Tensor) -> tuple[Tensor, coded.Codes | None]:
         """The input, quantized as by :meth:`quantized_input`; its codes, where they are what is kept of it."""
         if self.saves_codes is None or self.activation_fake_quant is None or not torch.is_grad_enabled():
+            return self.quantized_input(x), None
+        if self.activation_fake_quant.normalize is not None:  # its values are not those of the codes
             return self.quantized_input(x), None
         keep = coded.Keep(self.activation_fake_quant.bits if self.saves_codes else 0)
         y = self._quantized_activation(x, keep=keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,19 @@ from fastqat import functional, ranges
 from fastqat.nn.following import FollowingRange
 from fastqat.nn.spec import code_range
 from fastqat.ops import checks
+
+
+class GridValues(NamedTuple):
+    """Tensors that say what the grid of a quantizer is, of the shapes that they have there."""
+
+    qrange: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    offset: Tensor | None
+
+
+def _copied(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.detach().clone()
 
 
 class RangedQuantizer(FollowingRange):
@@ -29,6 +42,7 @@ class RangedQuantizer(FollowingRange):
     fixed_range: tuple[float, float] | None
     _sign_from_data: bool
     percentile: float
+    normalize: str | None
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -40,14 +54,52 @@ class RangedQuantizer(FollowingRange):
     @property
     def codes(self) -> tuple[int, int]:
         """qmin and qmax."""
-        low, high = self._levels
+        return self._codes_at(self._bits)
+
+    def _codes_at(self, bits: int) -> tuple[int, int]:
+        low, high = self._levels_at(bits)
         return (0, high - low) if self.count_from == "lowest" else (low, high)
 
     @property
     def _levels(self) -> tuple[int, int]:
         """qmin and qmax where codes count from 0."""
+        return self._levels_at(self._bits)
+
+    def _levels_at(self, bits: int) -> tuple[int, int]:
         signed = (self.symmetric or self.restricted) if self.signed is None else self.signed
-        return code_range(self._bits, signed, self.restricted)
+        return code_range(bits, signed, self.restricted)
+
+    @torch.no_grad()
+    def grid_at(self, bits: int) -> GridValues:
+        """The grid of another bit-width with the same range: scale * (qmax - qmin) and the lowest value stay.
+
+        Args:
+            bits: 1 to 8.
+
+        Returns:
+            new tensors; those of the present grid where it is its own bit-width.
+        """
+        (qmin, qmax), (low, high) = self.codes, self._codes_at(bits)
+        grid = GridValues(
+            self.qrange.clone(), self.scale.detach().clone(), *map(_copied, (self.zero_point, self.offset))
+        )
+        if (qmin, qmax) == (low, high):
+            return grid
+        grid.qrange.copy_(torch.tensor((low, high), dtype=torch.int32, device=self.qrange.device))
+        ratio = (qmax - qmin) / (high - low)
+        grid.scale.mul_(ratio)
+        if grid.zero_point is not None:
+            grid.zero_point.sub_(qmin).div_(ratio).add_(low)
+        if grid.offset is not None:
+            grid.offset.add_(self.scale * qmin - grid.scale * low)
+        return grid
+
+    @torch.no_grad()
+    def write_grid(self, grid: GridValues) -> None:
+        """Write the values of a grid, in place; the bit-width that :attr:`bits` says stays."""
+        for name, values in grid._asdict().items():
+            if values is not None:
+                getattr(self, name).copy_(values)
 
     @property
     def is_on_offset_grid(self) -> bool:

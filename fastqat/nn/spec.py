@@ -14,6 +14,8 @@ from fastqat.ops.estimators import ESTIMATORS
 
 WEIGHT_OPTIONS = ("oscillation", "dampening")
 FOLLOWING = ("minmax", "running_minmax", "in_hindsight")
+NORMALIZE = (None, "tanh", "range")
+RESCALE = (None, "constant", "std")
 LEARN = (None, "scale", "scale+zero_point", "scale+offset")
 
 
@@ -56,6 +58,11 @@ class QSpec:
         oscillation: what to track and freeze; for weights.
         dampening: the pull to the middle of the bins; for weights.
         activation: "relu" or "relu6" of a tensor comes before its quantization, in the same pass; for activations.
+        normalize: "tanh": a weight becomes tanh(w) / max|tanh(w)| on 2^bits levels from -1 to 1, which needs
+            range="fixed" (DoReFa, see :func:`fastqat.quantizers.dorefa_weight`). "range": the result is in units of
+            the range, scale * (qmax + 1): codes divided by qmax + 1 (TRS).
+        rescale: of what normalize="tanh" gives, to a standard deviation: "constant" is 1 / sqrt(output channels times
+            size of the kernel), "std" that of the weight (SAT).
 
     Raises:
         TypeError, ValueError: naming the option, what was wanted, and what came.
@@ -83,6 +90,8 @@ class QSpec:
     sync_range: bool = False
     count_from: str = "zero"
     fixed_range: tuple[float, float] | None = None
+    normalize: str | None = None
+    rescale: str | None = None
 
     def __post_init__(self) -> None:
         checks.bit_width(self.bits, lowest=2 if self.restricted else 1)
@@ -122,6 +131,7 @@ class QSpec:
         if not self.eps > 0:
             checks.fail(ValueError, "eps", "a positive number", self.eps)
         self._check_estimator()
+        self._check_normalization()
         for name, kind in (("oscillation", Oscillation), ("dampening", Dampening)):
             if not isinstance(getattr(self, name), (kind, type(None))):
                 checks.fail(TypeError, name, f"fastqat.{kind.__name__}(...) or None", repr(getattr(self, name)))
@@ -141,6 +151,20 @@ class QSpec:
             checks.fail(ValueError, "fixed_range", "finite bounds, low <= 0 <= high and low < high", self.fixed_range)
         if low < 0 and self.signed is False and self.symmetric:
             checks.fail(ValueError, "fixed_range", "no negative values for signed=False", self.fixed_range)
+
+    def _check_normalization(self) -> None:
+        checks.choice("normalize", self.normalize, NORMALIZE)
+        checks.choice("rescale", self.rescale, RESCALE)
+        if self.rescale is not None and self.normalize != "tanh":
+            checks.fail(ValueError, "rescale", "normalize='tanh' beside it", f"normalize={self.normalize!r}")
+        if self.normalize == "range" and self.group_size is not None:
+            checks.fail(ValueError, "normalize='range'", "no group_size beside it", self.group_size)
+        if self.normalize != "tanh":
+            return
+        if self.fixed_range != (-1.0, 1.0) or self.learn is not None or not self.is_plain or self.activation:
+            wanted = "fixed_range=(-1, 1), nothing learned, the straight-through estimator alone, and no activation"
+            checks.fail(ValueError, "normalize='tanh'", wanted, f"{self}")
+        checks.bit_width(self.bits, lowest=2)  # with one bit DoReFa's weights are signs, which have another grid
 
     def _check_estimator(self) -> None:
         checks.choice("estimator", self.estimator, tuple(ESTIMATORS))

@@ -131,8 +131,9 @@ IN_PLACE_OPS: dict[str, str] = {
         "float stride, float smallest, Tensor(a!) gamma, Tensor(b!) beyond, Tensor(c!) seen, "
         "Tensor(d!) observed_step, Tensor(e!) limit, Tensor(f!) scale) -> ()"
     ),
-    # first, second = fake_quantize(x) on two grids, from one read of x. scales, zero_points, offsets: float32 [2, C], or
-    # [2, 1] per tensor; qranges: int32 [2, 2]; axis and eps as elsewhere. first, second: like x, of any floating dtype.
+    # first, second = fake_quantize(x) on two grids, from one read of x. scales, zero_points, offsets: float32 [2, C]
+    # or, per tensor, [2, 1]; qranges: int32 [2, 2]; axis and eps as elsewhere. first, second: like x, of any floating
+    # dtype.
     "fake_quantize_two_widths": (
         "fake_quantize_two_widths(Tensor x, Tensor scales, Tensor? zero_points, Tensor? offsets, Tensor qranges, "
         "int? axis, float eps, Tensor(a!) first, Tensor(b!) second) -> ()"
