@@ -3,7 +3,9 @@
 from fastqat import functional, nn, quantizers
 from fastqat._version import __version__
 from fastqat.activation_statistics import activation_statistics
+from fastqat.adaqat import AdaQAT
 from fastqat.batch_norm import reestimate_bn
+from fastqat.bit_widths import BitWidths, bit_widths, set_bit_widths
 from fastqat.bn_ranges import bn_ranges
 from fastqat.compression import SavedActivations, compress_saved_activations
 from fastqat.cost import Cost, cost
@@ -34,6 +36,8 @@ from fastqat.traffic import Traffic, memory_traffic
 from fastqat.transition_rate import TransitionRate, TransitionRateScheduler
 
 __all__ = [
+    "AdaQAT",
+    "BitWidths",
     "Cost",
     "Dampening",
     "FakeQuant",
@@ -51,6 +55,7 @@ __all__ = [
     "__version__",
     "activation_statistics",
     "bin_regularization",
+    "bit_widths",
     "bn_ranges",
     "calibrate",
     "compress_saved_activations",
@@ -70,6 +75,7 @@ __all__ = [
     "reestimate_bn",
     "remove",
     "report",
+    "set_bit_widths",
     "status",
     "step",
     "use_backend",
