@@ -118,9 +118,9 @@ class AdaQAT:
         example_inputs: Any = None,
         fixed: Iterable[str] | None = None,
     ) -> None:
-        for name, number in (("lam", lam), ("lr_weight", lr_weight), ("lr_activation", lr_activation)):
-            if not 0 <= number < math.inf:
-                checks.fail(ValueError, name, "a number of at least 0", number)
+        for name, rate in (("lam", lam), ("lr_weight", lr_weight), ("lr_activation", lr_activation)):
+            if not 0 <= rate < math.inf:
+                checks.fail(ValueError, name, "a number of at least 0", rate)
         checks.bit_width(lowest)
         checks.bit_width(highest, lowest=lowest)
         if every < 1:
