@@ -66,4 +66,11 @@ void advance_interval(Tensor low, Tensor high, Tensor qrange, Tensor step, bool 
                       double stride, double smallest, Tensor gamma, Tensor beyond, Tensor seen, Tensor observed_step,
                       Tensor limit, Tensor scale);
 
+void fake_quantize_two_widths(Tensor x, Tensor scales, OptionalTensor zero_points, OptionalTensor offsets,
+                              Tensor qranges, std::optional<int64_t> axis, double eps, Tensor first, Tensor second);
+
+void dorefa_fake_quantize(Tensor x, Tensor low, Tensor high, Tensor qmax, Tensor sums, Tensor first, Tensor second);
+
+void dorefa_fake_quantize_backward(Tensor g, Tensor x, Tensor low, Tensor high, Tensor factor, Tensor dx);
+
 }  // namespace fastqat::FASTQAT_BACKEND

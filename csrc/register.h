@@ -103,4 +103,7 @@ Tensor philox_uniform(Tensor step, int64_t seed, int64_t tensor_id, int64_t nume
   FASTQAT_REGISTER_IN_PLACE(m, fake_quantize_tensor_backward);       \
   FASTQAT_REGISTER_IN_PLACE(m, dequantize_tensor);                   \
   FASTQAT_REGISTER_IN_PLACE(m, advance_range);                       \
-  FASTQAT_REGISTER_IN_PLACE(m, advance_interval)
+  FASTQAT_REGISTER_IN_PLACE(m, advance_interval);                    \
+  FASTQAT_REGISTER_IN_PLACE(m, fake_quantize_two_widths);            \
+  FASTQAT_REGISTER_IN_PLACE(m, dorefa_fake_quantize);                \
+  FASTQAT_REGISTER_IN_PLACE(m, dorefa_fake_quantize_backward)

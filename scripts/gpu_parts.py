@@ -24,6 +24,7 @@ CONFORMANCE = (
     "tests/test_one_tensor.py",
     "tests/test_one_tensor_edges.py",
     "tests/test_range_steps.py",
+    "tests/test_two_widths.py",
 )
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-rfEs", "--maxfail=25", "--tb=short")
 

@@ -17,6 +17,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0")
 import cases
 import one_tensor_cases as one
 import torch
+import two_widths_cases as two
 from cases import Call, GridCase, grid_call, random
 from gpu_device import DEVICE, REHEARSAL
 from many_tensors import STATE, assert_same, move, quantize, walking
@@ -24,6 +25,7 @@ from oracle import assert_results
 from test_conformance import GRID_OPS, PLAIN_OPS, expected, moved
 from test_multi_tensor_gradients import test_gradients_of_many_tensors_are_those_of_each
 from test_one_tensor import arguments_of, before, random_bits
+from test_two_widths import check_backward, check_forward, check_pair
 
 import fastqat
 from fastqat.ops import multi_tensor, schema
@@ -95,6 +97,21 @@ def run_one_tensor(number: int, case: one.Case) -> None:
     assert_results(("dx", "dscale"), [dx.cpu(), dscale.cpu()], law, (g,), case.label)
 
 
+def two_widths() -> int:
+    """Every ninth call of the ops on two bit-widths, of all dtypes, and some of several blocks."""
+    pairs = list(wide_cases())
+    weights = [two.weight_of(case.label, case.x, number) for number, case in enumerate(pairs)]
+    for dtype in cases.DTYPES:
+        weights += list(two.weights(dtype, few=True))[::9]
+        pairs += list(cases.shaped_cases(dtype, "channel", few=True))[::9]
+    for number, weight in enumerate(weights):
+        check_forward(weight, DEVICE, number)
+        check_backward(weight, DEVICE, number)
+    for number, case in enumerate(pairs):
+        check_pair(case, DEVICE, number)
+    return 2 * len(weights) + len(pairs)
+
+
 def walk() -> None:
     """Some steps of many tensors with tracking and freezing, against the definition."""
     weights, limits = walking(DEVICE)
@@ -121,7 +138,8 @@ def main() -> None:
     for number, case in one_tensor():
         run_one_tensor(number, case)
         count += 1
-    print(f"{count} calls with one scale were right after {time.monotonic() - start:.1f} s", flush=True)
+    count += two_widths()
+    print(f"{count} calls on one tensor were right after {time.monotonic() - start:.1f} s", flush=True)
     calls = {op: grid_calls(op) for op in GRID_OPS}
     calls |= {op: itertools.islice(cases.plain_calls(op, few=True), 0, None, 5) for op in PLAIN_OPS}
     for row in itertools.zip_longest(*calls.values()):

@@ -24,6 +24,8 @@ ONE_TENSOR, ONE_BACKWARD = "csrc/cpu/fake_quantize_tensor.cpp", "csrc/cpu/fake_q
 ONE_REFERENCE = ("tests/test_one_tensor.py", "-k", "reference and float32")
 CPU_ONE = ("tests/test_one_tensor.py", "-k", "cpu and (float32 or same_bits)")
 CPU_RANGES = ("tests/test_range_steps.py", "-k", "cpu and not settles")
+DOREFA, CPU_DOREFA, PAIR = "csrc/dorefa.h", "csrc/cpu/dorefa.cpp", "csrc/cpu/two_widths.cpp"
+DOREFA_ON_CPU = ("tests/test_two_widths.py", "-k", "cpu and not fake_quantize")
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,43 @@ PLANTS = (
         "cpu: gamma moves where it should rest",
         CPU_RANGES,
         ("csrc/ranges.h", "excess > 0.0 ? gamma + stride", "excess >= 0.0 ? gamma + stride"),
+    ),
+    plant("cpu: another coefficient of tanh", DOREFA_ON_CPU, (DOREFA, "0.46252546f", "0.46252549f")),
+    plant(
+        "cpu: half-up rounding to a level of DoReFa",
+        DOREFA_ON_CPU,
+        (
+            DOREFA,
+            "return round_even(clamp(u * half + half, 0.0f, n.scale));",
+            "return __builtin_floorf(clamp(u * half + half, 0.0f, n.scale) + 0.5f);",
+        ),
+    ),
+    plant(
+        "cpu: each of several largest magnitudes takes the whole of what passes through them",
+        DOREFA_ON_CPU,
+        (CPU_DOREFA, "sum / static_cast<double>(std::max<int64_t>(ties, 1))", "sum"),
+    ),
+    plant(
+        "cpu: DoReFa's sum in the order in which threads finish",
+        DOREFA_ON_CPU,
+        (
+            CPU_DOREFA,
+            "{ partial[p] = backward.piece(cut, p); });",
+            "{\n    partial[p] = backward.piece(cut, p);\n    static std::mutex mutex;\n"
+            "    std::lock_guard<std::mutex> guard(mutex);\n"
+            "    if (p) partial[0].sum += partial[p].sum, partial[p].sum = 0.0;\n  });",
+        ),
+        (CPU_DOREFA, '#include "../dorefa.h"', '#include <mutex>\n\n#include "../dorefa.h"'),
+    ),
+    plant(
+        "cpu: NaN in the sums of codes",
+        DOREFA_ON_CPU,
+        (CPU_DOREFA, "careful ? block<Sums::careful>", "false ? block<Sums::careful>"),
+    ),
+    plant(
+        "cpu: both bit-widths have the zero points of the first",
+        ("tests/test_two_widths.py", "-k", "cpu and fake_quantize"),
+        (PAIR, "{&grid.scale, &grid.zero_point, &grid.offset}", "{&grid.scale, &grid.offset}"),
     ),
     plant(
         "triton: half-up rounding",

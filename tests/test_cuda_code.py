@@ -31,12 +31,16 @@ NARROW = {
     "Dequantize<": ("LDG",),  # codes are bytes, 4 or 8 for a vector of values
     "dequantize_tensor_kernel": ("LDG",),  # as many bytes as a code has bits, for 8 values
     "advance_": ("LDG", "STG"),  # a few numbers
+    "dorefa_mend_kernel": ("LDG", "STG"),  # single elements of any dtypes
     "Quantize<": ("STG",),
     "pack_kernel": ("LDG", "STG"),  # 8 codes at a time, packed or not
     "minmax_kernel": ("STG",),  # two numbers for a channel
     "philox_kernel": ("LDG",),  # reads no tensor
     "range_search_kernel": ("LDG", "STG"),  # computes for long on what it has read
 }
+# Kernels that quantize by vectors, and those that write as many elements as they read, or twice as many.
+QUOTIENTS = "plain|tracking|backward|tensor|two_widths|dorefa|dorefa_backward"
+MAPS = "plain|tensor|tensor_backward|two_widths|dorefa"
 
 
 def faults(kernel: Kernel) -> list[str]:
@@ -77,7 +81,7 @@ def test_quotients_are_exact(kernels: list[Kernel]) -> None:
     """
     lacking = set()
     for kernel in kernels:
-        if re.match(r"(?:plain|tracking|backward|tensor)_kernel|codes_kernel<Quantize", kernel.name):
+        if re.match(rf"(?:{QUOTIENTS})_kernel|codes_kernel<Quantize", kernel.name):
             wanted = ["div"] if "Any" in kernel.name else ["div", "rcp", "fma"]
             lacking |= {f"{kernel.name}: {op}" for op in wanted if f"{op}.rn.f32" not in kernel.ptx}
     assert lacking == set()
@@ -87,13 +91,14 @@ def test_what_is_read_by_vectors_is_written_by_vectors(kernels: list[Kernel]) ->
     """As many bytes by accesses of 16: the compiler splits one where it loses sight of its alignment."""
     sizes, judged = {"float": 4, "BFloat16": 2, "Float16": 2}, 0
     for kernel in kernels:
-        if made := re.match(r"(plain|tensor|tensor_backward)_kernel<(\w+), (\w+), ", kernel.name):
-            kind, first, second = made.groups()
+        if made := re.match(rf"({MAPS})_kernel<(\w+), (\w+)(, true)?", kernel.name):
+            kind, first, second, pair = made.groups()
             read, written = (second, first) if kind == "tensor_backward" else (first, second)
             loads, stores = (len(re.findall(rf"\b{op}\.E\.128", kernel.sass)) for op in ("LDG", "STG"))
-            assert loads * sizes[written] == stores * sizes[read] > 0, kernel.name
+            results = 2 if kind == "two_widths" or (kind == "dorefa" and pair) else 1
+            assert loads * sizes[written] * results == stores * sizes[read] > 0, kernel.name
             judged += 1
-    assert judged == 10 + 15 + 10
+    assert judged == 10 + 15 + 10 + 5 + 20
 
 
 def test_the_table_in_the_notes_is_of_this_code(kernels: list[Kernel]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -195,6 +196,44 @@ def check_tracking_beyond() -> None:
     assert q.tracker.counts.tolist()[0] == changes > 0
     end = slice(-1000, None)
     assert torch.equal(words.unpacked(q.tracker.words[end]).index.int() + q.codes[0], codes_of(q, x[end]).int())
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_dorefa_of_more_than_2_31_weights(backend: str) -> None:
+    """Values and gradients of pieces, sums of codes of all; the largest weight, at the far end, has the sum of all."""
+    if REHEARSAL and backend == "triton":
+        pytest.skip("too large for an interpreter")
+    with memory(8), running(backend):
+        check_dorefa_beyond()
+
+
+def check_dorefa_beyond() -> None:
+    """Forward and backward pass against those of the pieces, which are given the extremes of the whole."""
+    x, g = (torch.empty(BEYOND, dtype=torch.bfloat16, device=DEVICE).normal_() for _ in range(2))
+    x.mul_(0.1)[-5] = 2.0
+    high, none, ops = torch.tensor([2.0], device=DEVICE), torch.empty(0, device=DEVICE), torch.ops.fastqat
+    qmax = torch.tensor([7, 3], dtype=torch.int32, device=DEVICE)
+    sums, y = torch.empty((2, 2), dtype=torch.int64, device=DEVICE), torch.empty_like(x)
+    ops.dorefa_fake_quantize(x, -high, high, qmax, sums, y, none)
+    total, share, bound = torch.zeros_like(sums), 0.0, 0.0
+    for part, of_whole in zip(x.split(PIECE), y.split(PIECE), strict=True):
+        alone = torch.empty_like(part)
+        ops.dorefa_fake_quantize(part, -high, high, qmax, sums_of_part := torch.empty_like(sums), alone, none)
+        total += sums_of_part
+        assert torch.equal(of_whole, alone)
+    assert torch.equal(sums[0], total[0])
+    dx = y
+    ops.dorefa_fake_quantize_backward(g, x, -high, high, none, dx)
+    largest = math.tanh(2.0)
+    for part, incoming, of_whole in zip(x.split(PIECE), g.split(PIECE), dx.split(PIECE), strict=True):
+        alone = torch.empty_like(part)
+        ops.dorefa_fake_quantize_backward(incoming, part, -high, high, none, alone)
+        assert int((of_whole != alone).sum()) <= int((part == 2).sum())
+        terms = incoming.double() * part.double().tanh() / largest
+        share, bound = share + float(terms.sum()), bound + float(terms.abs().sum())
+    slope = (1 - largest**2) / largest
+    want, error = slope * (float(g[-5]) - share), slope * 1e-6 * bound
+    assert abs(float(dx[-5]) - want) <= error + abs(want) * 2**-7
 
 
 def plain(q: fastqat.FakeQuant) -> tuple:

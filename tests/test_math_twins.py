@@ -37,7 +37,9 @@ def python_names(text: str) -> list[str]:
     return [name for name in names if not name.startswith("_")]
 
 
-@pytest.mark.parametrize(("header", "least"), (("math", 15), ("estimators", 8), ("oscillation", 12), ("ranges", 5)))
+@pytest.mark.parametrize(
+    ("header", "least"), (("math", 15), ("estimators", 8), ("oscillation", 12), ("ranges", 5), ("dorefa", 8))
+)
 def test_same_names_in_the_same_order(header: str, least: int) -> None:
     ours = c_names((ROOT / "csrc" / f"{header}.h").read_text())
     assert len(ours) > least, f"the pattern no longer finds the names of {header}.h"

@@ -79,6 +79,7 @@ def calls() -> dict[str, Callable[[], object]]:
     made = {f"{op}-{dtype}": case(op, getattr(torch, dtype), 0, "zero_point") for op, dtype in FMA}
     made |= {f"{name}-{dtype}": many(name, getattr(torch, dtype)) for name, dtype in MANY}
     made |= {f"{name}-{dtype}": one(name, getattr(torch, dtype)) for name, dtype in ONE}
+    made |= {f"{name}-{dtype}": two(name, getattr(torch, dtype)) for name, dtype in TWO}
     made["offset"] = case("fake_quantize", torch.float32, None, "offset")
     made["contracted"] = case("fake_quantize", torch.float32, None, "offset")
     made["unaligned"] = case("fake_quantize", torch.float32, None, first=1)
@@ -128,6 +129,22 @@ def one(name: str, dtype: torch.dtype) -> Callable[[], object]:
     }[name]
 
 
+def two(name: str, dtype: torch.dtype) -> Callable[[], object]:
+    """A call of an op on a weight at two bit-widths, for what the name says."""
+    from fastqat.ops import triton as ops
+
+    x, none, one = torch.zeros(64, 4608, dtype=dtype), torch.empty(0), torch.ones(1)
+    first, second, sums = torch.empty_like(x), torch.empty_like(x), torch.empty((2, 2), dtype=torch.int64)
+    scales, qranges = torch.ones(2, 64), torch.tensor([[-4, 3], [-8, 7]], dtype=torch.int32)
+    weight = (x, one, one, torch.tensor([15, 7], dtype=torch.int32))
+    return {
+        "pair": lambda: ops.fake_quantize_two_widths(x, scales, scales, None, qranges, 0, 1e-8, first, second),
+        "dorefa": lambda: ops.dorefa_fake_quantize(*weight, none, first, none),
+        "dorefa pair": lambda: ops.dorefa_fake_quantize(*weight, sums, first, second),
+        "dorefa backward": lambda: ops.dorefa_fake_quantize_backward(first, x, one, one, one, second),
+    }[name]
+
+
 @triton.jit
 def bare_division_kernel(x_ptr, y_ptr):
     """What the kernels must not do: Triton's / on float32 is approximate. x, y: [1024]."""
@@ -170,6 +187,15 @@ ONE = {
     ("noise", "bfloat16"): 0,  # divides
     ("backward", "float32"): 0,
     ("dequantize", "bfloat16"): 0,
+}
+
+# The same for the ops on two bit-widths: two for each quotient by a scale, or by DoReFa's tanh(m) and 2^bits - 1.
+TWO = {
+    ("pair", "float32"): 16 * 2 * 2,
+    ("pair", "bfloat16"): 16 * 2 * 2,
+    ("dorefa", "float32"): 16 * (2 + 2),
+    ("dorefa pair", "bfloat16"): 16 * (2 + 2 * 2),
+    ("dorefa backward", "float32"): 16 * 2 * 2,
 }
 
 
@@ -233,6 +259,12 @@ def test_kernel_on_one_tensor_is_exact_and_wide(compiled: dict[str, dict[str, st
     assert faults(code, ONE[name, dtype], exact_quotients=quantizes, loads=name != "dequantize") == []
     single = re.findall(r"\b(?:ld|st)\.global\.b8", code["ptx"])
     assert len(single) == (name == "observed"), "the bytes of a thread are not moved in one access"  # it has one there
+
+
+@pytest.mark.parametrize(("name", "dtype"), TWO)
+def test_kernel_of_two_widths_is_exact_and_wide(compiled: dict[str, dict[str, str]], name: str, dtype: str) -> None:
+    """The same of two results of one read, of DoReFa's, whose tanh is a polynomial, and of its gradient."""
+    assert faults(compiled[f"{name}-{dtype}"], TWO[name, dtype]) == []
 
 
 def test_offset_grid_rounds_twice(compiled: dict[str, dict[str, str]]) -> None:

@@ -35,8 +35,16 @@ FASTQAT_CLONES void narrow(const float* in, T* out, int64_t n) {
 struct Input {
   const void* data;
   ScalarType dtype;
+  int64_t element_size;
 
-  explicit Input(const Tensor& t) : data(t.data_ptr()), dtype(t.scalar_type()) {}
+  explicit Input(const Tensor& t) : data(t.data_ptr()), dtype(t.scalar_type()), element_size(t.element_size()) {}
+
+  // Asks the memory for elements that block() will want after something else.
+  void prefetch(int64_t offset, int64_t n) const {
+    constexpr int64_t kLine = 64;
+    const char* first = static_cast<const char*>(data) + offset * element_size;
+    for (int64_t at = 0; at < n * element_size; at += kLine) __builtin_prefetch(first + at);
+  }
 
   const float* block(int64_t offset, int64_t n, float* buffer) const {
     switch (dtype) {

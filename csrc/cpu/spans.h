@@ -11,7 +11,7 @@
 
 namespace fastqat::cpu {
 
-constexpr int64_t kChunk = 8192;       // elements of one piece of work in a row
+constexpr int64_t kChunk = 8192;       // elements of one piece of work in a row, if nothing else is said
 constexpr int64_t kRowsPerChunk = 64;  // outer rows of one piece of work on columns
 constexpr int64_t kShortestRow = 8;    // shorter rows are handled as columns
 constexpr int64_t kGrain = 16384;      // elements that are worth a thread
@@ -54,11 +54,12 @@ struct ColumnTable {
 // How a layout is cut; `pieces` are numbered in memory order of (row, chunk) or (row block, column tile).
 struct Cut {
   Layout layout;
+  int64_t chunk;  // elements of a piece in a row
   bool by_rows;
   int64_t rows, length;     // length of a row: inner, or channels * inner columns
   int64_t per_row, pieces;  // pieces of a row (of a block of rows), and in total
 
-  explicit Cut(const Layout& l) : layout(l) {
+  explicit Cut(const Layout& l, int64_t chunk_ = kChunk) : layout(l), chunk(chunk_) {
     by_rows = l.channels == 1 || l.inner >= kShortestRow;
     if (l.channels == 1) layout = {1, 1, l.numel()};
     rows = by_rows ? layout.outer * layout.channels : layout.outer;
@@ -67,7 +68,7 @@ struct Cut {
     pieces = by_rows ? rows * per_row : (rows + kRowsPerChunk - 1) / kRowsPerChunk * per_row;
   }
 
-  int64_t step() const { return by_rows ? kChunk : kBlock; }
+  int64_t step() const { return by_rows ? chunk : kBlock; }
   int64_t grain() const {
     int64_t size = std::min(length, step()) * (by_rows ? 1 : std::min(rows, kRowsPerChunk));
     return std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1));
@@ -136,8 +137,8 @@ void spans_of_piece(const Cut& cut, const Grid& grid, int64_t p, int64_t longest
 // f(offset, n) for the blocks of piece p of a tensor with one scale, in order; n <= longest.
 template <class F>
 void blocks_of_piece(const Cut& cut, int64_t p, int64_t longest, const F& f) {
-  const int64_t stop = std::min((p + 1) * kChunk, cut.length);
-  for (int64_t i = p * kChunk; i < stop; i += longest) f(i, std::min(longest, stop - i));
+  const int64_t stop = std::min((p + 1) * cut.step(), cut.length);
+  for (int64_t i = p * cut.step(); i < stop; i += longest) f(i, std::min(longest, stop - i));
 }
 
 // The instance of a kernel loop template <bool kFast, bool kOffset, class Channels> for one span.
@@ -147,22 +148,26 @@ void blocks_of_piece(const Cut& cut, int64_t p, int64_t longest, const F& f) {
                    : ((offset_grid) ? loop<false, true, std::decay_t<decltype(channels)>>  \
                                     : loop<false, false, std::decay_t<decltype(channels)>>))
 
-// An op that maps each element of one tensor to the element of another with the same layout.
+// Piece p of an op that maps each element of one tensor to the element of another with the same layout.
+template <class PickLoop>
+void map_piece(const Input& in, const Output& out, const Cut& cut, const Grid& grid, int64_t p,
+               const PickLoop& pick_loop) {
+  bool in_place = in.dtype == ScalarType::Float && out.dtype == ScalarType::Float;
+  spans_of_piece(cut, grid, p, in_place ? kChunk : kBlock, [&](int64_t offset, int64_t n, auto channels) {
+    float buffer_in[kBlock], buffer_out[kBlock];
+    float* result = out.block(offset, buffer_out);
+    pick_loop(channels)(in.block(offset, n, buffer_in), result, n, channels);
+    out.commit(offset, n, result);
+  });
+}
+
 template <class PickLoop>
 void map_elements(const Tensor& from, const Tensor& to, std::optional<int64_t> axis, const Grid& grid,
                   const PickLoop& pick_loop) {
-  Input in(from);
-  Output out(to);
-  bool in_place = in.dtype == ScalarType::Float && out.dtype == ScalarType::Float;
-  Cut cut(layout_of(from, axis));
-  parallel(cut, [&](int64_t p) {
-    spans_of_piece(cut, grid, p, in_place ? kChunk : kBlock, [&](int64_t offset, int64_t n, auto channels) {
-      float buffer_in[kBlock], buffer_out[kBlock];
-      float* result = out.block(offset, buffer_out);
-      pick_loop(channels)(in.block(offset, n, buffer_in), result, n, channels);
-      out.commit(offset, n, result);
-    });
-  });
+  const Input in(from);
+  const Output out(to);
+  const Cut cut(layout_of(from, axis));
+  parallel(cut, [&](int64_t p) { map_piece(in, out, cut, grid, p, pick_loop); });
 }
 
 }  // namespace fastqat::cpu

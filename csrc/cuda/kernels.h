@@ -71,6 +71,43 @@ struct Backward {
   bool wide, rounded_mask, lsq_grad_scale;
 };
 
+// One tensor to quantize-dequantize on two grids. x, first, second: dense, of the same strides.
+struct TwoWidths {
+  const void* x;
+  void *first, *second;
+  GridPointers grids[2];
+  Cut cut;
+  Dtype x_dtype, y_dtype;
+};
+
+// A weight of DoReFa at one or two bit-widths. x, first, second: dense, of the same strides. low, high: [1]; see
+// fastqat/ops/schema.py.
+struct Dorefa {
+  const void* x;
+  void *first, *second;  // second: null where one width is wanted
+  const float *low, *high;
+  const int32_t* qmax;       // [2]
+  unsigned long long* sums;  // [2, 2], zeros before the launch; or null
+  Cut cut;
+  Dtype x_dtype, y_dtype;
+};
+
+// What a piece of a tensor adds to the gradient of max|x|.
+struct DorefaPart {
+  double total = 0.0;
+  unsigned int ties = 0;  // elements that are the largest
+};
+
+// Its gradient. g, x, dx: dense, of the same strides.
+struct DorefaBackward {
+  const void *g, *x;
+  void* dx;
+  const float *low, *high, *factor;  // factor: [1], or null
+  DorefaPart* parts;                 // [pieces of the cut]
+  Cut cut;
+  Dtype x_dtype, g_dtype;
+};
+
 // A tensor and its codes, dense, of the same strides: int8, uint8 or int32. Where they are int32 the cut has no
 // vectors.
 struct Coded {
@@ -187,6 +224,9 @@ struct IntervalState {
 void fake_quantize(const Forward* entries, int count, void* stream);
 void fake_quantize_tracking(const Forward* entries, int count, void* stream);
 void fake_quantize_backward(const Backward* entries, int count, void* stream);
+void fake_quantize_two_widths(const TwoWidths& entry, void* stream);
+void dorefa_fake_quantize(const Dorefa& entry, void* stream);
+void dorefa_fake_quantize_backward(const DorefaBackward& entry, void* stream);
 
 // x -> codes and codes -> x.
 void quantize(const Coded& entry, void* stream);

@@ -3,7 +3,7 @@
 // A Body says what is done with the elements:
 //   kVector, kAtOnce                 elements of a vector; those that a thread reads before it uses them
 //   Sums                             what is reduced, see reduce.cuh
-//   Channel channel(c)               constants of a channel
+//   channel(c)                       constants of a channel; is_fast() of them: whether vectors may be taken
 //   begin(origin), end()             of a piece; origin: its first element
 //   place(base)                      the elements that follow are counted from here
 //   Operands<n> load<n>(i)           reads n neighbouring elements
@@ -35,8 +35,10 @@ struct Share {
   int lane, lanes;
 };
 
-template <class Body>
-__device__ __forceinline__ void go(Body& body, const Share& mine, const Channel& ch, typename Body::Sums& sums) {
+__device__ __forceinline__ bool is_fast(const Channel& ch) { return is_fast_scale(ch.scale); }
+
+template <class Body, class Constants>
+__device__ __forceinline__ void go(Body& body, const Share& mine, const Constants& ch, typename Body::Sums& sums) {
   constexpr int n = Body::kVector, kAtOnce = Body::kAtOnce / n;  // vectors that are read before the first is used
   if constexpr (n > 1) {
     for (int i = mine.first; i < mine.last; i += mine.stride * kAtOnce) {
@@ -99,15 +101,15 @@ __device__ __forceinline__ void traverse(Body& body, const Cut& cut, int piece, 
         own < cut.width && c < cut.channels && outer < cut.outer && (!cut.by_columns || thread < rows * columns);
     Sums sums;
     if (exists) {
-      const Channel ch = body.channel(c);
+      const auto ch = body.channel(c);
       Share mine;
       if (cut.by_columns) {
         const int last = static_cast<int>(std::min<int64_t>(cut.depth, cut.outer - outer));
         mine = {origin, 0, 0, 0, 0, thread % columns, cut.channels * inner, last, thread / columns, rows};
       } else {
         const int64_t size = cut.per_row == 1 ? cut.inner : std::min<int64_t>(kPiece, cut.inner - begin);
-        mine = share_of_row(cut, Body::kVector, is_fast_scale(ch.scale), origin + own * cut.inner,
-                            static_cast<int>(size), thread & (lanes - 1));
+        mine = share_of_row(cut, Body::kVector, is_fast(ch), origin + own * cut.inner, static_cast<int>(size),
+                            thread & (lanes - 1));
       }
       body.place(mine.base);
       go(body, mine, ch, sums);

@@ -37,16 +37,16 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def largest_tanh(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """m = max(|low|, |high|) of extremes, and tanh(m); m is 0 where there was no finite value."""
-    m = torch.maximum(low.abs(), high.abs())
+    """m = max(|low|, |high|) of extremes, 0 where there was no finite value; and tanh(m), or 1 where m is 0. 0-dim."""
+    m = torch.maximum(low.abs(), high.abs()).view(())
     m = torch.where(m.isfinite(), m, 0.0)
-    return m, tanh(m)
+    return m, torch.where(m > 0, tanh(m), 1.0)
 
 
 def dorefa_fake_quantize(x, low, high, qmax, sums, first, second):
-    """y = (2 r - n) / n with r = clamp(rint(u n/2 + n/2), 0, n) and u = tanh(x) / tanh(m), 0 where m is 0."""
-    m, largest = largest_tanh(low, high)
-    u = torch.where(m > 0, tanh(x.float()) / largest, 0.0)
+    """y = (2 r - n) / n with r = clamp(rint(u n/2 + n/2), 0, n) and u = tanh(x) / tanh(m); u = tanh(x) where m is 0."""
+    _, largest = largest_tanh(low, high)
+    u = tanh(x.float()) / largest
     for k, y in enumerate((first, second)):
         if not y.numel():
             continue
@@ -61,14 +61,15 @@ def dorefa_fake_quantize(x, low, high, qmax, sums, first, second):
 def dorefa_fake_quantize_backward(g, x, low, high, factor, dx):
     """dx = f (1 - tanh(x)^2) / tanh(m) * (g - [|x| = m] sign(x) sum(g u) / ties): through rounding as it is, through m.
 
-    What is not finite in x adds to no sum; where m is 0, dx is 0.
+    What is not finite in x adds to no sum and has dx = 0; where m is 0, dx is 0.
     """
-    x, g = dense(x).float(), g.float()
+    finite = x.isfinite()
+    x, g = torch.where(finite, dense(x).float(), 0.0), torch.where(finite, g.float(), 0.0)
     m, largest = largest_tanh(low, high)
     t = tanh(x)
     tied = x.abs() == m
-    terms = torch.where(x.isfinite(), g.double() * (t / largest).double(), 0.0)
+    terms = g.double() * (t / largest).double()
     share = reference.ordered_sum(terms, None) / tied.sum().clamp(min=1)
-    through = torch.where(tied, x.sign() * share.float(), 0.0)
-    slope = (1 - t * t) / largest * (factor if factor.numel() else 1.0)
+    through = torch.where(tied, x.sign() * share.float().view(()), 0.0)
+    slope = (1 - t * t) / largest * (factor.view(()) if factor.numel() else 1.0)
     dx.copy_(torch.where(m > 0, slope * (g - through), 0.0))
