@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastqat.autograd import apply_plainly
-from fastqat.ops import select  # noqa: F401  (importing it registers the ops)
+from fastqat.ops import checks, select, two_widths  # noqa: F401  (importing select registers the ops)
 
 _ops = torch.ops.fastqat
 
@@ -37,8 +37,9 @@ def quantized(
         rescale: None, "constant" or "std", see :class:`fastqat.QSpec`.
         dtype: of the results; None is that of the weight.
     """
-    widths = qmax.numel()
-    values = [torch.empty_like(weight, dtype=dtype or weight.dtype) for _ in range(widths)]
+    widths, dtype = qmax.numel(), dtype or weight.dtype
+    # What is multiplied afterwards is not rounded before.
+    values = [torch.empty_like(weight, dtype=torch.float32 if rescale else dtype) for _ in range(widths)]
     none = weight.new_empty(0)
     both = qmax if widths == 2 else qmax.expand(2).contiguous()
     sums = torch.empty((2, 2) if rescale else 0, dtype=torch.int64, device=weight.device)
@@ -47,9 +48,12 @@ def quantized(
         return [Quantized(value, qmax.new_empty(0, dtype=torch.float32)) for value in values]
     wanted = target_deviation(weight, rescale)
     factors = [factor_of(sums[k], qmax[k], weight.numel(), wanted) for k in range(widths)]
-    return [
-        Quantized(value.mul_(factor.to(value.dtype)), factor) for value, factor in zip(values, factors, strict=True)
-    ]
+    return [Quantized(value.mul_(factor).to(dtype), factor) for value, factor in zip(values, factors, strict=True)]
+
+
+def normalized(weight: Tensor) -> Tensor:
+    """tanh(w) / max|tanh(w)|: what is rounded. float32 of the shape of the weight."""
+    return two_widths.tanh(weight.detach().float()) / two_widths.largest_tanh(*_ops.minmax(weight, None))[1]
 
 
 def target_deviation(weight: Tensor, rescale: str) -> Tensor:
@@ -116,8 +120,13 @@ def dorefa_fake_quantize(
     Returns:
         Tensor of the shape of the weight.
 
+    Raises:
+        NotImplementedError: under a torch.func transform.
+
     Source: DoReFa-Net (1606.06160), section 2.3; SAT (1912.10207) for the rescaling.
     """
+    if torch._C._are_functorch_transforms_active():
+        checks.fail(NotImplementedError, "DoReFa", "no torch.func transform, but functional_call alone", "one")
     arguments: tuple[Any, ...] = (weight, qmax, rescale, dtype)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
         return _DoReFa.apply(*arguments)

@@ -103,8 +103,8 @@ def ewgs_delta(
         delta by the name of the quantizer; 0 where the gradient does not vary, as in a tensor of one element.
 
     Raises:
-        ValueError: no quantizer with this estimator, one without a range or that does not run, no batch, or a loss
-            that is not one finite number.
+        ValueError: no quantizer with this estimator, one without a range or that does not run, one with normalize
+            (DoReFa, TRS), no batch, or a loss that is not one finite number.
 
     Source: Lee, Kim, Ham, "Network Quantization with Element-wise Gradient Scaling", CVPR 2021. Departures: the model
         runs in evaluation mode, and one probe serves all tensors.
@@ -114,6 +114,9 @@ def ewgs_delta(
     if not found:
         got = f"{type(model).__name__} without any"
         checks.fail(ValueError, "model", "a model with quantizers of estimator='ewgs'", got)
+    others = [f"{name} ({q.normalize})" for name, q in quantizers.items() if q.normalize is not None]
+    if others:
+        checks.fail(ValueError, "model", "quantizers without normalize", f"{', '.join(others)}")
     without = [name for name, q in quantizers.items() if not q.initialized and not q.is_idle()]
     if without:
         got = f"none for {', '.join(without)}: fastqat.calibrate(model, batches) sets them"

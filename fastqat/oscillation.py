@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastqat.autograd import as_rows, flat, from_rows
+from fastqat.dorefa import normalized
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.selection import names_of_modules
@@ -186,16 +187,20 @@ def _why_untracked(quantizer: FakeQuant) -> str:
 def latent_codes(x: Tensor, quantizer: FakeQuant, channels: Tensor | None = None) -> Tensor:
     """Where latent weights lie on the axis of the codes: x / s + z, or (x - o) / s on the offset grid.
 
+    Of DoReFa it is tanh(x) / max|tanh(x)|, from -1 to 1, that lies there.
+
     What rounds to a code, within the grid, lies no more than 1/2 from it; the thresholds lie half-way between codes.
 
     Args:
-        x: a weight as the quantizer sees it, or some values of one.
+        x: a weight as the quantizer sees it, or some values of one; of DoReFa, which divides by the largest, all.
         quantizer: with a range.
         channels: int64 of the shape of x, of some values: which scale each one has, see :func:`channels_of`.
 
     Returns:
         float32 of the shape of x.
     """
+    if quantizer.normalize == "tanh":
+        return (normalized(x) + 1) * (quantizer.qrange[1] * 0.5)
     parameters = [quantizer.scale, quantizer.zero_point, quantizer.grid_offset()]
     values = [None if p is None else flat(p.detach()) for p in parameters]
     if channels is not None:

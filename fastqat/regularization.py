@@ -184,6 +184,9 @@ def _summed(model: nn.Module, weight: float | Tensor | Schedule, loss: Callable[
 
 def _grid(quantizer: FakeQuant) -> dict[str, Any]:
     """The grid of a quantizer, and which weights are frozen, as the losses take them."""
+    if quantizer.normalize == "tanh":
+        wanted = "a grid of the values of the weight themselves"
+        checks.fail(ValueError, "quantizer of a weight", wanted, f"that of {quantizer.grid_kind}")
     qmin, qmax = quantizer.codes
     tracker = quantizer.tracker
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
@@ -29,8 +30,9 @@ def calibrate(
 ) -> nn.Module:
     """Set the ranges of the activation quantizers from some batches, in one pass and in evaluation mode.
 
-    While it runs, the quantizers being calibrated pass their input through; those of weights quantize as ever. A
-    compiled model runs eagerly here.
+    While it runs, the quantizers being calibrated pass their input through; those of weights quantize as ever, but for
+    those that change the unit of a weight (DoReFa, TRS): batch normalization, which takes that in, has not seen it yet.
+    A compiled model runs eagerly here.
 
     Args:
         model: a module that contains quantizers.
@@ -51,12 +53,12 @@ def calibrate(
         RuntimeError: another process failed; its error says why.
     """
     called, of_weights = called_quantizers(model)
-    observing = [q for q in called.values() if q.range != "fixed" and q not in of_weights]
+    observing = to_calibrate(model)
     if not observing:
         checks.fail(ValueError, "model", "a model with quantizers to calibrate", type(model).__name__)
     run = forward or run_batch
     fact = _Fact()
-    with evaluating(model), eagerly(), Calls(called.values()) as calls:
+    with evaluating(model), eagerly(), _in_their_own_unit(of_weights), Calls(called.values()) as calls:
         try:
             for q in observing:
                 q.begin_calibration()
@@ -84,6 +86,25 @@ def called_quantizers(model: nn.Module) -> tuple[dict[str, FakeQuant], set[FakeQ
     of_weights = {q for m in model.modules() if isinstance(m, QuantizedLayer) for q in m.weight_quantizers().values()}
     called = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuant) and m not in parametrized}
     return called, of_weights
+
+
+def to_calibrate(model: nn.Module) -> list[FakeQuant]:
+    """The quantizers that :func:`calibrate` sets the ranges of: those that modules call, but for given ranges."""
+    called, of_weights = called_quantizers(model)
+    return [q for q in called.values() if q.range != "fixed" and q not in of_weights]
+
+
+@contextlib.contextmanager
+def _in_their_own_unit(quantizers: Iterable[FakeQuant]) -> Iterator[None]:
+    """Let weights pass whose quantizers change their unit."""
+    passing = [q for q in quantizers if q.normalize is not None and q.rescale is None and q.fake_quant_enabled]
+    for q in passing:
+        q.fake_quant_enabled = False
+    try:
+        yield
+    finally:
+        for q in passing:
+            q.fake_quant_enabled = True
 
 
 @dataclass

@@ -64,7 +64,6 @@ class FakeQuant(RangedQuantizer):
     oscillation: Oscillation | None
     dampening: Dampening | None
     tracker: Tracker | None
-    rescale: str | None
 
     @torch.inference_mode(False)  # what inference makes, training could not change
     def __init__(
@@ -118,6 +117,8 @@ class FakeQuant(RangedQuantizer):
     def bits(self) -> int:
         """Bit-width. Setting it changes the codes in place and keeps the scale; nothing is compiled anew.
 
+        The grid of DoReFa has no scale of its own: there it is :meth:`change_bits`.
+
         What was tracked of oscillations says nothing of other codes: it is forgotten, with a warning.
         """
         return self._bits
@@ -131,15 +132,18 @@ class FakeQuant(RangedQuantizer):
                 "weights are free again",
                 stacklevel=2,
             )
-        self._set_bits(bits)
+        if self.normalize == "tanh":
+            self.change_bits(bits)
+        else:
+            self._set_bits(bits)
 
     def change_bits(self, bits: int) -> None:
-        """Set the bit-width in place and keep the range, as far as the grid allows: scale * (qmax - qmin) stays.
+        """Set the bit-width in place and keep the range, as far as the grid allows, see :meth:`grid_at`.
 
         What was tracked of oscillations says nothing of other codes: it is forgotten.
 
         Args:
-            bits: 1 to 8; from 2 on where the grid is restricted or that of DoReFa.
+            bits: 1 to 8; from 2 on where the grid is restricted, or that of DoReFa or TRS.
 
         Raises:
             ValueError: another number.
@@ -154,7 +158,7 @@ class FakeQuant(RangedQuantizer):
     @property
     def fewest_bits(self) -> int:
         """The lowest bit-width that its grid may have."""
-        return 2 if self.restricted or self.normalize == "tanh" else 1
+        return 2 if self.restricted or self.normalize is not None else 1
 
     def _set_bits(self, bits: int) -> None:
         changed, self._bits = bits != self._bits, bits
@@ -186,6 +190,8 @@ class FakeQuant(RangedQuantizer):
         if self.codes != (qmin, qmax):
             wanted = f"codes of signed={self.signed}, restricted={self.restricted}"
             checks.fail(ValueError, "qrange", wanted, f"{qmin} to {qmax}")
+        if self._bits < self.fewest_bits:
+            checks.fail(ValueError, "qrange", f"at least {self.fewest_bits} bits", f"{qmin} to {qmax}")
 
     def _load_from_state_dict(
         self,
@@ -325,7 +331,14 @@ class FakeQuant(RangedQuantizer):
         return weight
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and integer zero point (int32), as torch.ao asks for them."""
+        """Scale and integer zero point (int32), as torch.ao asks for them.
+
+        Raises:
+            NotImplementedError: of DoReFa, whose levels lie beside 0, and are multiples of no scale.
+        """
+        if self.normalize == "tanh":
+            wanted = "a grid with a level at 0 (torch.ao knows no other; see fastqat.remove for the values)"
+            checks.fail(NotImplementedError, "FakeQuant.calculate_qparams", wanted, self.grid_kind)
         zero_point = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point
         if self.count_from == "lowest":
             zero_point = zero_point + self.qrange[1] // 2
@@ -338,10 +351,10 @@ class FakeQuant(RangedQuantizer):
         shape = "?" if is_lazy(self.scale) else list(self.scale.shape)
         state = "initialized" if self.initialized else "not initialized"
         activation = f"activation={self.activation}, " if self.activation else ""
-        return (
-            f"bits={self.bits}, codes={self.codes[0]}..{self.codes[1]}, grid={self.grid_kind}, "
-            f"axis={self.axis}{group}, {activation}range={self.range}{learn}, scale={shape}, {state}"
-        )
+        grid = f"bits={self.bits}, codes={self.codes[0]}..{self.codes[1]}, grid={self.grid_kind}"
+        if self.normalize == "tanh":
+            return grid
+        return f"{grid}, axis={self.axis}{group}, {activation}range={self.range}{learn}, scale={shape}, {state}"
 
 
 class _Factory:

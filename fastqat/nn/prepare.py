@@ -243,11 +243,15 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
 
 
 def _write_quantized_weights(twins: Iterable[Any]) -> None:
-    """Replace each quantized weight by its value."""
+    """Replace each quantized weight by its value, one that layers share once: not all quantizers leave it as it is."""
+    written: set[int] = set()
     for twin in twins:
         for name, quantizer in twin.weight_quantizers().items():
             weight = getattr(twin, name)
-            quantizer.eval()  # the range stays where it is: a weight that is shared is written again as it is
+            if id(weight) in written:
+                continue
+            written.add(id(weight))
+            quantizer.eval()  # the range stays where it is
             # The view may be a copy: the move of the channels is its own inverse.
             weight.copy_(quantized_view(twin, quantizer(quantized_view(twin, weight))))
 

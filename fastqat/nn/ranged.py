@@ -43,6 +43,7 @@ class RangedQuantizer(FollowingRange):
     _sign_from_data: bool
     percentile: float
     normalize: str | None
+    rescale: str | None
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -54,9 +55,10 @@ class RangedQuantizer(FollowingRange):
     @property
     def codes(self) -> tuple[int, int]:
         """qmin and qmax."""
-        return self._codes_at(self._bits)
+        return self.codes_at(self._bits)
 
-    def _codes_at(self, bits: int) -> tuple[int, int]:
+    def codes_at(self, bits: int) -> tuple[int, int]:
+        """qmin and qmax of another bit-width."""
         low, high = self._levels_at(bits)
         return (0, high - low) if self.count_from == "lowest" else (low, high)
 
@@ -69,9 +71,17 @@ class RangedQuantizer(FollowingRange):
         signed = (self.symmetric or self.restricted) if self.signed is None else self.signed
         return code_range(bits, signed, self.restricted)
 
+    def scale_ratio(self, bits: int) -> float:
+        """What keeps the range at another bit-width when the scale is multiplied by it, see :meth:`grid_at`."""
+        (qmin, qmax), (low, high) = self.codes, self.codes_at(bits)
+        return (qmax + 1) / (high + 1) if self.normalize == "range" else (qmax - qmin) / (high - low)
+
     @torch.no_grad()
     def grid_at(self, bits: int) -> GridValues:
-        """The grid of another bit-width with the same range: scale * (qmax - qmin) and the lowest value stay.
+        """The grid of another bit-width with the same range.
+
+        A range that follows the data stays as it is. Else scale * (qmax - qmin) stays, and the lowest value where there
+        is a zero point or an offset; of results in units of scale * (qmax + 1), that.
 
         Args:
             bits: 1 to 8.
@@ -79,14 +89,17 @@ class RangedQuantizer(FollowingRange):
         Returns:
             new tensors; those of the present grid where it is its own bit-width.
         """
-        (qmin, qmax), (low, high) = self.codes, self._codes_at(bits)
+        (qmin, qmax), (low, high) = self.codes, self.codes_at(bits)
         grid = GridValues(
             self.qrange.clone(), self.scale.detach().clone(), *map(_copied, (self.zero_point, self.offset))
         )
         if (qmin, qmax) == (low, high):
             return grid
         grid.qrange.copy_(torch.tensor((low, high), dtype=torch.int32, device=self.qrange.device))
-        ratio = (qmax - qmin) / (high - low)
+        if self.range_low is not None:
+            scale, zero_point = ranges.grid_from_range(self.range_low, self.range_high, low, high, self.symmetric)
+            return GridValues(grid.qrange, scale, None if grid.zero_point is None else zero_point, grid.offset)
+        ratio = self.scale_ratio(bits)
         grid.scale.mul_(ratio)
         if grid.zero_point is not None:
             grid.zero_point.sub_(qmin).div_(ratio).add_(low)
@@ -109,6 +122,8 @@ class RangedQuantizer(FollowingRange):
     @property
     def grid_kind(self) -> str:
         """What a reader is told of the grid."""
+        if self.normalize == "tanh":
+            return f"SAT, {self.rescale}" if self.rescale else "DoReFa"
         if self.count_from == "lowest":
             return "symmetric from the lowest"
         return "offset" if self.offset is not None else "symmetric" if self.symmetric else "affine"

@@ -212,7 +212,7 @@ def _quantizer_row(
         grid=q.grid_kind,
         axis=q.axis,
         group_size=q.group_size,
-        range=q.range,
+        range=q.range if getattr(q, "normalize", None) != "tanh" else "max|tanh|",
         learn=q.learn,
         scales=None if is_lazy(q.scale) else q.scale.numel(),
         initialized=q.initialized,

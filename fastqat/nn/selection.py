@@ -82,7 +82,7 @@ def choose(
     for pattern, override in (overrides or {}).items():
         matched = [layer for layer in layers if any(fnmatchcase(name, pattern) for name in names[layer])]
         if not matched:
-            _refuse_pattern(pattern, [name for layer in layers for name in names[layer]])
+            refuse_pattern("overrides", pattern, "can be quantized", [n for layer in layers for n in names[layer]])
         for layer in matched:
             base = _choice(layer, config, first_last_bits, edges.get(layer, ""))
             chosen[layer] = _overridden(layer, base, pattern, override)
@@ -150,11 +150,12 @@ def _nearest(name: str, names: list[str]) -> str:
     return f", nearest {', '.join(map(repr, close))}" if close else ""
 
 
-def _refuse_pattern(pattern: str, names: list[str]) -> None:
+def refuse_pattern(argument: str, pattern: str, which: str, names: list[str]) -> None:
+    """Raise a ValueError for a pattern that matches none of these names, of layers of which ``which`` is true."""
     below = [name for name in names if name.startswith(pattern.rstrip("*.") + ".")]
     hint = f"; {pattern.rstrip('*.')}.* matches {len(below)}" if below else ""
-    wanted = "a pattern that matches the name of a layer that can be quantized" + _nearest(pattern, names)
-    checks.fail(ValueError, "overrides", wanted + hint, repr(pattern))
+    wanted = f"a pattern that matches the name of a layer that {which}" + _nearest(pattern, names)
+    checks.fail(ValueError, argument, wanted + hint, repr(pattern))
 
 
 def _check_shared_weights(chosen: dict[nn.Module, Choice], names: dict[nn.Module, list[str]]) -> None:

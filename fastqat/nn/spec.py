@@ -35,8 +35,8 @@ class QSpec:
             value -q s with q = 2^(b-1)-1, so that halves go to even w/s + q instead of even w/s (LBT).
         range: "mse", "minmax", "running_minmax", "percentile", "sqnr", "cross_entropy" (of logits, axis=None),
             "in_hindsight", or "fixed" (the user gives the scale, or fixed_range); where learning begins, on a
-            symmetric grid: "std", 3 standard deviations (LBT), and "mean_abs", 2 mean|x| / sqrt(qmax) for the scale
-            (LSQ). See :mod:`fastqat.ranges`.
+            symmetric grid: "std", 3 standard deviations (LBT), "std_open", the same with qmax a step below the end
+            (TRS), and "mean_abs", 2 mean|x| / sqrt(qmax) for the scale (LSQ). See :mod:`fastqat.ranges`.
             The two min-max ranges and "in_hindsight" follow the data while training, unless the scale is learned.
             "in_hindsight" is "running_minmax" of the steps before: known before the tensor is, whose extremes the
             quantization itself gathers.
@@ -163,7 +163,12 @@ class QSpec:
             return
         if self.fixed_range != (-1.0, 1.0) or self.learn is not None or not self.is_plain or self.activation:
             wanted = "fixed_range=(-1, 1), nothing learned, the straight-through estimator alone, and no activation"
-            checks.fail(ValueError, "normalize='tanh'", wanted, f"{self}")
+            names = ("fixed_range", "learn", "estimator", "oscillation", "dampening", "activation")
+            got = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+            checks.fail(ValueError, "normalize='tanh'", wanted, got)
+        if self.symmetric or self.signed:
+            got = f"symmetric={self.symmetric}, signed={self.signed}"
+            checks.fail(ValueError, "normalize='tanh'", "codes that count from 0: symmetric=False, not signed", got)
         checks.bit_width(self.bits, lowest=2)  # with one bit DoReFa's weights are signs, which have another grid
 
     def _check_estimator(self) -> None:
@@ -237,4 +242,7 @@ class QConfig:
         for name in WEIGHT_OPTIONS:
             if self.activation is not None and getattr(self.activation, name) is not None:
                 checks.fail(ValueError, "activation", f"a QSpec without {name}, which is for weights", "one with it")
+        if self.activation is not None and self.activation.normalize == "tanh":
+            wanted = "a QSpec without normalize='tanh', which is for weights"
+            checks.fail(ValueError, "activation", wanted, "one with it")
         checks.choice("activation_on", self.activation_on, ("input", "output"))

@@ -204,10 +204,19 @@ class Tracker(nn.Module):
         self.clock = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64, device=device)
 
     def reset(self, bits: int) -> None:
-        """Forget everything; the next weight is the first. It has the shape of the last, as compiled code expects."""
+        """Forget everything; the next weight is the first. It has the shape of the last, as compiled code expects.
+
+        The memory stays where it is, unless the words become wider or narrower.
+        """
         self._bits = bits
-        if self.words is not None:
+        if self.words is None:
+            return
+        if self.words.dtype != words.dtype_of(bits):
             self._allocate(self.words, self.words.device)
+            return
+        for name in STATE:
+            getattr(self, name).zero_()
+        self.clock[0], self.clock[1] = 1.0, -1.0
 
     @property
     def has_tracked(self) -> bool:
