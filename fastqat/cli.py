@@ -220,14 +220,17 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _Collect(argparse.Action):
-    """Collects the words of one flag into a tuple, or a dict."""
+    """Collects the words of one flag into a tuple, or into a dict, to which the same flag may add more."""
 
     def __init__(self, *args: Any, collect: type, **how: Any) -> None:
         super().__init__(*args, **how)
         self.collect = collect
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, self.collect(values))
+        collected = self.collect(values)
+        if isinstance(collected, dict):
+            collected = {**getattr(namespace, self.dest, {}), **collected}
+        setattr(namespace, self.dest, collected)
 
 
 def _help(each: Option) -> str:

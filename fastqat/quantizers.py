@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastqat.nn.spec import QSpec
+from fastqat.ops import checks
 
 
 def lsq(bits: int, **options: Any) -> QSpec:
@@ -139,6 +140,52 @@ def lbt_activation(bits: int, *, signed: bool | None = None, **options: Any) -> 
     if signed:
         return lbt_weight(bits, **options)
     return _spec(options, bits=bits, signed=signed, learn="scale", ste_mask="unrounded", range="std")
+
+
+def trs_weight(bits: int, *, learn: bool = False, **options: Any) -> QSpec:
+    """Weights of TRS: codes of clip(2^(bits-1) w / s), divided by 2^(bits-1), with s = 3 standard deviations.
+
+    The result is not multiplied by s: a batch normalization behind the layer takes that in, and dw = g / s inside the
+    range. The parameter is scale = s / 2^(bits-1); it is the divisor down to eps, where the paper has |s| + 1e-6.
+
+    Args:
+        bits: 2 to 8. The paper's weights of 1 bit are signs, -s and s, which is another grid: there is none here.
+        learn: False keeps s where it begins, which a scheduled rate of transitions wants; True learns it, as the
+            paper does without such a schedule. The gradient of the parameter is 2^(bits-1) times that of s.
+        options: others of QSpec; restricted=True has no code -2^(bits-1), an option of the paper's code.
+
+    Raises:
+        ValueError: 1 bit.
+
+    Source: Lee et al., Scheduling Weight Transitions for Quantization-Aware Training (2404.19248), section 3.
+    """
+    return _spec(options, **_in_units(bits), learn="scale" if learn else None)
+
+
+def trs_activation(bits: int, *, signed: bool | None = None, **options: Any) -> QSpec:
+    """Activations of TRS: codes of clip(2^bits x / s), divided by 2^bits; s is learned from 3 std / sqrt(1 - 2/pi) on.
+
+    The parameter is scale = s / 2^bits, and its gradient 2^bits times that of s.
+
+    Args:
+        bits: 2 to 8. The paper's activations of 1 bit are in units of the highest code: there are none here.
+        signed: False as in the paper. None leaves it to the first tensors: where one has a negative value, the grid is
+            that of :func:`trs_weight`, and s begins at 3 std.
+        options: others of QSpec.
+
+    Raises:
+        ValueError: 1 bit.
+
+    Source: as for :func:`trs_weight`.
+    """
+    return _spec(options, **_in_units(bits), signed=signed, learn="scale")
+
+
+def _in_units(bits: int) -> dict[str, Any]:
+    """Options of codes in units of a range whose end is a step above the highest of them."""
+    if bits == 1:
+        checks.fail(ValueError, "bits", "2 to 8: TRS has other grids for 1 bit, which are not there", bits)
+    return {"bits": bits, "normalize": "range", "ste_mask": "unrounded", "range": "std_open"}
 
 
 def _clipped(bits: int, alpha: float | None) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from fastqat.ops import checks
 from fastqat.oscillation import QuantizedWeight, quantized_weights
 from fastqat.schedules import Schedule
 
-RULES = ("multiplicative", "additive")
+RULES = ("multiplicative", "additive", "unsmoothed")
 SMALL = 1e-8  # keeps the ratio of target and rate finite, as in the released code
+LARGEST = 1e18  # factor: what a tensor whose codes never change would reach is infinite, and makes an update of 0 NaN
 STATE = ("step", "running", "factor", "rate", "target")
 
 
@@ -51,14 +52,17 @@ class TransitionRateScheduler:
         K^t = m * K^(t-1) + (1 - m) * k^t              running rate, K^0 = R^0
         q^t = m * q^(t-1) + (1 - m) * q^(t-1) * R^t / (K^t + 1e-8)                        rule="multiplicative"
         q^t = max(0, q^(t-1) + gain * (R^t - K^t))                                        rule="additive"
+        q^t = q^(t-1) * R^t / (K^t + 1e-8)                                                rule="unsmoothed"
         w   = w + q^t * (update of the optimizer)      q^0 = 1: the learning rate is U = a * q
 
     The optimizer itself stays as it is, whichever it is: what it has added to a weight is scaled after its step, weight
     decay and all. Its learning rate for these weights is U^0, and better stays constant; a scheduler that changes it
-    multiplies with q. Nothing is read back from the device.
+    multiplies with q. In the first step, which has no code to compare with, and in one in which a tensor was not used,
+    K and q stay. Nothing is read back from the device, and nothing goes between processes: equal weights have equal
+    counts.
 
     Transitions are counted by what tracks oscillations (:class:`fastqat.Oscillation`). Frozen weights change no more
-    and leave the count of weights, so that the target holds for those that are free.
+    and leave the count of weights, so that the target holds for those that are free; where none is, K and q stay.
 
     Args:
         optimizer: any of torch.optim, or with its hooks.
@@ -67,12 +71,16 @@ class TransitionRateScheduler:
         schedule: h(t), a :class:`fastqat.Schedule`; None is 1. The paper's is ``Schedule("cosine", 1.0, 0.0, steps,
             begin=0.0)``.
         momentum: m, in [0, 1).
-        rule: "multiplicative", which the released code has, or "additive", which the paper prints (eq. 11).
+        rule: "multiplicative", which the released code has; "additive", which the paper prints (eq. 11); or
+            "unsmoothed", which its discussion names (S1; "multiplicative" is S2 there).
         gain: of the additive rule; 1 is the paper's eta = U^0.
         bounds: of the ratio R / (K + 1e-8), which grows without end where no code changes; None has none, as released.
+            The additive rule has no ratio.
 
     Attributes:
         enabled: False leaves the optimizer's updates alone, bit for bit.
+        layers: names of those whose weights are scaled.
+        rate, running, target, factor: k, K, R and q of their weights at the last step, float32 [layers].
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted, and what came: no tracked weight, a weight that
@@ -106,7 +114,8 @@ class TransitionRateScheduler:
         self.lam, self.schedule, self.momentum, self.rule = lam, schedule, momentum, rule
         self.gain, self.bounds, self.enabled = gain, bounds, True
         self._found = _owned(optimizer, model)
-        self._weights: list[Tensor] = [getattr(found.layer, found.parameter) for found in self._found]
+        self.layers = [found.name for found in self._found]
+        self._weights = tracked_parameters(model)
         self._before = [torch.empty_like(weight) for weight in self._weights]
         self._device = self._weights[0].device
         self._numels = torch.tensor([weight.numel() for weight in self._weights], device=self._device)
@@ -129,8 +138,7 @@ class TransitionRateScheduler:
     def rates(self) -> list[TransitionRate]:
         """Rates of all tensors at the last step; reads them back."""
         columns = [getattr(self, name).tolist() for name in ("rate", "running", "target", "factor")]
-        names = [found.name for found in self._found]
-        return [TransitionRate(name, *values) for name, *values in zip(names, *columns, strict=True)]
+        return [TransitionRate(name, *values) for name, *values in zip(self.layers, *columns, strict=True)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs: the step count, and K, q, k and R of each tensor."""
@@ -170,7 +178,7 @@ class TransitionRateScheduler:
         steps = torch.cat([found.quantizer.step.to(self._device) for found in self._found])
         free = self._numels - counts[:, 2]
         # A tensor that took no part in this step says nothing; in the first step nothing has changed yet.
-        counts_now = (clocks[:, 1] == steps) & (self.step > 0)
+        counts_now = (clocks[:, 1] == steps) & (self.step > 0) & (free > 0)
         self.rate = torch.where(counts_now, counts[:, 3] / free.clamp(min=1), 0.0).float()
         self.target = self._target()
         running = self.momentum * self.running + (1 - self.momentum) * self.rate
@@ -184,7 +192,8 @@ class TransitionRateScheduler:
         ratio = self.target / (self.running + SMALL)
         if self.bounds is not None:
             ratio = ratio.clamp(*self.bounds)
-        return self.momentum * self.factor + (1 - self.momentum) * self.factor * ratio
+        momentum = 0.0 if self.rule == "unsmoothed" else self.momentum
+        return (momentum * self.factor + (1 - momentum) * self.factor * ratio).clamp(max=LARGEST)
 
     def _target(self) -> Tensor:
         bits = [found.quantizer.bits for found in self._found]
@@ -194,9 +203,18 @@ class TransitionRateScheduler:
         return self._start.clone() if self.schedule is None else self._start * self.schedule.tensor(self.step)
 
 
+def tracked_parameters(model: nn.Module) -> list[Tensor]:
+    """The weights of a model whose codes are tracked: those that a scheduler acts on."""
+    return [getattr(weight.layer, weight.parameter) for weight in _tracked(model)]
+
+
+def _tracked(model: nn.Module) -> list[QuantizedWeight]:
+    return [weight for weight in quantized_weights(model) if weight.quantizer.tracker is not None]
+
+
 def _owned(optimizer: Optimizer, model: nn.Module) -> list[QuantizedWeight]:
     """The tracked weights of a model, all of which the optimizer has."""
-    found = [weight for weight in quantized_weights(model) if weight.quantizer.tracker is not None]
+    found = _tracked(model)
     if not found:
         wanted = "quantized weights that are tracked (QSpec(oscillation=fastqat.Oscillation()))"
         checks.fail(ValueError, "model", wanted, f"{type(model).__name__} without")

@@ -33,6 +33,8 @@ OPTIONS = "--limit-train 97 --batch-size 32 --fp32-epochs 2 --epochs 1 --calibra
 OPTIONS += " --range minmax --fp32-lr 0.01 --seed 1"
 KINDS = {
     "batch norm": "--model resume_networks:Dropped --model-options dropout=0.0 --ema 0.9 --label-smoothing 0.1",
+    "bit-widths": "--model resume_networks:Dropped --model-options dropout=0.0 --adaqat 0.01 --adaqat-lr-weight 3.0 "
+    "--adaqat-lr-activation 3.0",
     "pieces": "--model resume_networks:without_batch_norm --accumulate 3 --clip-norm 0.5",
 }
 TIMES = ("seconds", "images_per_second")

@@ -13,7 +13,7 @@ FREEZE_TO = ("ceil", "majority")
 class BitWidth:
     """N, whose ceiling is the bit-width that quantizers have.
 
-    An oscillation is a step of N in the direction opposite to that of the step before which changes its ceiling. After
+    An oscillation is a change of N against the direction of the change before that changes its ceiling, too. After
     ``freeze_after`` of them N stays.
 
     Args:
@@ -25,7 +25,7 @@ class BitWidth:
             updates since the first oscillation: where N goes to and fro about an integer, the moment may be either.
 
     Attributes:
-        change: of the last step.
+        change: the last one that was not 0: a bound stops N, and not the direction that it came in.
         oscillations: so far.
         frozen: True once N stays.
         seen: ceiling -> updates since the first oscillation.
@@ -48,15 +48,18 @@ class BitWidth:
         return math.ceil(self.value)
 
     def update(self, gradient: float) -> None:
-        """N <- N - lr * gradient within the bounds (eq. 4), unless it is frozen; counts an oscillation."""
-        if self.frozen:
+        """N <- N - lr * gradient within the bounds (eq. 4); counts an oscillation.
+
+        Nothing is done where N is frozen, or the gradient is not finite: a loss that diverged says nothing of bits.
+        """
+        if self.frozen or not math.isfinite(gradient):
             return
         before = self.value
         self.value = min(max(before - self.lr * gradient, float(self.lowest)), float(self.highest))
         change = self.value - before
         if change * self.change < 0 and math.ceil(before) != self.bits:
             self.oscillations += 1
-        self.change = change
+        self.change = change or self.change
         if self.oscillations:
             self.seen[self.bits] = self.seen.get(self.bits, 0) + 1
 
@@ -70,7 +73,7 @@ class BitWidth:
         if not self.frozen:
             majority = max(self.seen, key=lambda bits: (self.seen[bits], bits)) if self.seen else self.bits
             self.value = float(self.bits if self.freeze_to == "ceil" else majority)
-            self.frozen, self.change = True, 0.0
+            self.frozen = True
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,6 +42,16 @@ def hardware_cost(kind: str | HardwareCost, model: nn.Module, learned: list[str]
     if example_inputs is None:
         checks.fail(ValueError, "example_inputs", f"a batch beside cost={kind!r}", None)
     return _weighted(kind, cost(model, example_inputs))
+
+
+def checked_cost(cost: HardwareCost, layers: LayerBits) -> HardwareCost:
+    """The cost, if it gives a finite number for the bits that layers have; else a TypeError or ValueError says so."""
+    value = cost(layers)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        checks.fail(TypeError, "cost", "a function of the bits of layers that returns a number", type(value).__name__)
+    if not math.isfinite(value):
+        checks.fail(ValueError, "cost", "a finite number for the bits of the layers", value)
+    return cost
 
 
 def _weighted(kind: str, counted: Cost) -> HardwareCost:

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastqat.adaqat.bit_width import FREEZE_TO, BitWidth
-from fastqat.adaqat.hardware import HardwareCost, hardware_cost
+from fastqat.adaqat.differences import Differences, EachAlone, ManyAtOnce
+from fastqat.adaqat.hardware import HardwareCost, checked_cost, hardware_cost
+from fastqat.adaqat.history import Update, from_columns, to_columns
 from fastqat.adaqat.probe import Closure, Probe
-from fastqat.adaqat.widths import KINDS, Width, bits_of, learned_layers, quantized_layers
-from fastqat.cost import FLOAT_BITS
-from fastqat.nn.fake_quant import FakeQuant
+from fastqat.adaqat.widths import Share, Width, bits_of, learned_layers, quantized_layers, shares
 from fastqat.ops import checks
-
-
-@dataclass(frozen=True)
-class Update:
-    """An update of the bit-widths.
-
-    Attributes:
-        step: number of the call of :meth:`AdaQAT.step`, from 1 on.
-        loss: of the task, at the ceilings.
-        hardware: cost of the ceilings, without lambda.
-        widths: N of each width after the update.
-        differences: loss at the ceilings minus loss with this width one bit lower; None where that was not measured.
-        oscillations: of each width so far.
-        frozen: whether each width stays.
-    """
-
-    step: int
-    loss: float
-    hardware: float
-    widths: tuple[float, ...]
-    differences: tuple[float | None, ...]
-    oscillations: tuple[int, ...]
-    frozen: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> Update:
-        """From its fields, as a file may hold them."""
-        values: list[Any] = [saved[each.name] for each in fields(cls)]
-        return cls(*(tuple(value) if isinstance(value, list) else value for value in values))
 
 
 class AdaQAT:
@@ -58,7 +29,8 @@ class AdaQAT:
 
     and likewise for N_a: a forward pass without gradients for each, on the same batch (see
     :class:`fastqat.adaqat.probe.Probe` for what such a pass leaves as it is). Where N is an integer, one less is its
-    floor. A width that goes to and fro about an integer is frozen; once all are, training goes on as plain QAT. Use::
+    floor; at ``lowest``, the difference is that of one bit more. A width that goes to and fro about an integer is
+    frozen; once all are, training goes on as plain QAT. Use::
 
         widths = fastqat.AdaQAT(model, lam=0.15)
         for images, labels in batches:
@@ -70,6 +42,11 @@ class AdaQAT:
 
     In torch.distributed the losses are means over all processes, which all call :meth:`step`.
 
+    With ``per_layer`` (beyond the paper) each layer has widths of its own, for two passes a step, too: their
+    differences are estimated together, see :class:`fastqat.adaqat.differences.ManyAtOnce`. A share of a loss and of a
+    cost has a gradient as much smaller; a width moves by lr times the number of widths of its kind times its gradient,
+    so that the mean of them moves as one width for all would.
+
     The text of the paper that is at hand leaves out its constants. Those here are not verified: lr_weight,
     lr_activation, freeze_after, where the widths start, the factor in the cost (1), and that each step updates.
 
@@ -78,7 +55,7 @@ class AdaQAT:
         lam: lambda, of the hardware cost.
         lr_weight, lr_activation: eta of the widths of weights and of activations.
         start_weight, start_activation: N at the start; None is what the quantizers have.
-        lowest, highest: bounds of N, within 1 to 8.
+        lowest, highest: bounds of N, within 1 to 8; from 2 on where the grid of a quantizer says so.
         every: updates are made in one step of so many.
         freeze_after: oscillations after which a width is frozen; 0 freezes none.
         freeze: "each" width by itself, or "both": all at once, when each has oscillated so often.
@@ -87,10 +64,14 @@ class AdaQAT:
         example_inputs: a batch, where the cost needs one.
         fixed: names or patterns (``fnmatch``) of layers that keep their bit-widths; None: the first and the last
             quantized layer.
+        per_layer: True for widths of each layer; layers that share a quantizer share its width.
+        seed: of what is drawn per layer.
+        memory: steps that estimates per layer look back on.
 
     Attributes:
-        widths: the learned ones.
-        history: of all updates.
+        widths: the learned ones, weights before activations.
+        probe: computes losses at other bit-widths.
+        history: of all updates; whoever has no use for it may clear it, for it grows.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted, and what came: a model without quantizers, bounds
@@ -117,37 +98,39 @@ class AdaQAT:
         cost: str | HardwareCost = "product",
         example_inputs: Any = None,
         fixed: Iterable[str] | None = None,
+        per_layer: bool = False,
+        seed: int = 0,
+        memory: int = 1000,
     ) -> None:
         for name, rate in (("lam", lam), ("lr_weight", lr_weight), ("lr_activation", lr_activation)):
             if not 0 <= rate < math.inf:
                 checks.fail(ValueError, name, "a number of at least 0", rate)
-        checks.bit_width(lowest)
-        checks.bit_width(highest, lowest=lowest)
-        if every < 1:
-            checks.fail(ValueError, "every", "a positive number of steps", every)
+        for name, steps in (("every", every), ("memory", memory)):
+            if steps < 1:
+                checks.fail(ValueError, name, "a positive number of steps", steps)
         if freeze_after < 0:
             checks.fail(ValueError, "freeze_after", "a number of oscillations, or 0", freeze_after)
         checks.choice("freeze", freeze, ("each", "both"))
         checks.choice("freeze_to", freeze_to, FREEZE_TO)
-        self.model, self.lam, self.every, self.freeze = model, lam, every, freeze
+        self.model, self.lam, self.every, self.freeze = model, float(lam), every, freeze
         self._layers = quantized_layers(model)
-        self._learned = learned_layers(self._layers, fixed)
-        starts = {"weight": start_weight, "activation": start_activation}
+        learned = learned_layers(self._layers, fixed)
+        bounds = {"lowest": lowest, "highest": highest, "freeze_after": freeze_after, "freeze_to": freeze_to}
+        starts = {"weight": ("start_weight", start_weight), "activation": ("start_activation", start_activation)}
         rates = {"weight": lr_weight, "activation": lr_activation}
+        found = shares(learned, per_layer)
+        count = Counter(share.kind for share in found)
         self.widths: list[Width] = []
-        for kind, layers, quantizers in self._parts():
-            start = starts[kind]
-            value = float(max(q.bits for q in quantizers) if start is None else start)
-            if not lowest <= value <= highest:
-                got = f"{value:g} for {kind}s"
-                checks.fail(ValueError, "start", f"bits from {lowest} to {highest}, lowest and highest", got)
-            number = BitWidth(value, rates[kind], lowest, highest, freeze_after, freeze_to)
-            prefix = "" if len(layers) == len(self._learned) else f"{layers[0]}."
-            self.widths.append(Width(prefix + kind, kind, number, quantizers, layers))
-        self.cost = hardware_cost(cost, model, list(self._learned), example_inputs)
+        for share in found:
+            start = _start(share, *starts[share.kind], lowest, highest)
+            number = BitWidth(start, rates[share.kind] * count[share.kind], **bounds)  # type: ignore[arg-type]
+            self.widths.append(Width(share.name, share.kind, share.quantizers, share.layers, number=number))
+        self.cost = checked_cost(hardware_cost(cost, model, list(learned), example_inputs), self.bits())
         self.history: list[Update] = []
+        self._differences: Differences = ManyAtOnce(self.widths, seed, memory) if per_layer else EachAlone()
         self._step = 0
-        self._probe = Probe(model)
+        self._prices: tuple[list[int], float, list[float]] = ([], 0.0, [])
+        self.probe = Probe(model)
         self._write()
 
     @property
@@ -172,23 +155,27 @@ class AdaQAT:
             What was done; None in a step without an update, or when all widths are frozen.
 
         Raises:
-            ValueError: a loss that is no scalar.
+            TypeError, ValueError: a loss that is no scalar tensor.
+            RuntimeError: in the backward pass, where that comes after this: the quantizers have changed by then.
         """
         self._step += 1
         if self.is_frozen or (self._step - 1) % self.every:
             return None
+        if not isinstance(loss, Tensor):
+            checks.fail(TypeError, "loss", "a scalar tensor", type(loss).__name__)
         if loss.numel() != 1:
-            checks.fail(ValueError, "loss", "a scalar", list(loss.shape))
-        measured = [w for w in self.widths if not w.number.frozen and w.lower is not None]
-        lower = [self._probe.loss(closure, dict.fromkeys(w.quantizers, w.lower)) for w in measured]  # type: ignore[arg-type]
-        here, *there = _read([loss.detach(), *lower])
-        differences = {w.name: here - other for w, other in zip(measured, there, strict=True)}
-        cost = self.cost(self.bits())
-        for width in self.widths:
-            if not width.number.frozen:
-                task = differences.get(width.name, 0.0)
-                gradient = task + self.lam * (cost - self._lower_cost(width))
-                width.number.update(gradient)
+            checks.fail(ValueError, "loss", "a scalar", f"shape {list(loss.shape)}")
+        if loss.requires_grad:
+            loss.register_hook(_too_late)
+        free = [width for width in self.widths if not width.number.frozen]
+        passes = self._differences.choose(self._step, free)
+        others = {width: width.other for width in free}
+        settings = [{q: others[width] for width in chosen for q in width.quantizers} for chosen in passes]
+        here, *there = _read([loss.detach(), *self.probe.losses(closure, settings)])
+        differences = self._differences.of(free, passes, [here - other for other in there])
+        cost, prices = self._priced()
+        for width, price in zip(self.widths, prices, strict=True):
+            width.number.update(differences.get(width.name, math.nan) + self.lam * price)
         self._freeze()
         self._write()
         numbers = [width.number for width in self.widths]
@@ -206,12 +193,16 @@ class AdaQAT:
 
     def remove(self) -> None:
         """Leave the model alone from now on; it keeps its bit-widths."""
-        self._probe.remove()
+        self.probe.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in numbers and lists."""
-        widths = {width.name: width.number.state_dict() for width in self.widths}
-        return {"step": self._step, "widths": widths, "history": [asdict(update) for update in self.history]}
+        return {
+            "step": self._step,
+            "widths": {width.name: width.number.state_dict() for width in self.widths},
+            "differences": self._differences.state_dict(),
+            "history": to_columns(self.history),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; the quantizers get its bit-widths.
@@ -224,29 +215,23 @@ class AdaQAT:
             checks.fail(ValueError, "state", f"widths {', '.join(names)}", ", ".join(got) or "none")
         for width in self.widths:
             width.number.load_state_dict(state["widths"][width.name])
+        self._differences.load_state_dict(state["differences"])
         self._step = state["step"]
-        self.history = [Update.of(saved) for saved in state["history"]]
+        self.history = from_columns(state["history"])
+        self.probe.attach()
         self._write()
 
-    def _parts(self) -> list[tuple[str, list[str], list[FakeQuant]]]:
-        """For each width its kind, and the layers and quantizers that have it."""
-        parts = []
-        for kind in KINDS:
-            of_kind = {name: layer[kind] for name, layer in self._learned.items() if layer[kind]}
-            if of_kind:
-                parts.append((kind, list(self._learned), list(dict.fromkeys(q for qs in of_kind.values() for q in qs))))
-        return parts
-
-    def _lower_cost(self, width: Width) -> float:
-        """Hardware cost with one width one bit lower."""
-        part = KINDS.index(width.kind)
-        bits = self.bits()
-        for name in width.layers:
-            pair = list(bits[name])
-            if pair[part] != FLOAT_BITS:
-                pair[part] = width.number.bits - 1
-            bits[name] = (pair[0], pair[1])
-        return self.cost(bits)
+    def _priced(self) -> tuple[float, list[float]]:
+        """The hardware cost of the ceilings, and what the measured bit of each width costs."""
+        ceilings = [width.number.bits for width in self.widths]
+        if self._prices[0] != ceilings:
+            layers = self.bits()
+            costs = [
+                [self.cost(width.cost_at(bits, layers)) for bits in (width.upper, width.upper - 1)]
+                for width in self.widths
+            ]
+            self._prices = (ceilings, self.cost(layers), [more - less for more, less in costs])
+        return self._prices[1:]
 
     def _freeze(self) -> None:
         settled = [width.number.has_settled or width.number.frozen for width in self.widths]
@@ -255,10 +240,33 @@ class AdaQAT:
                 width.number.freeze()
 
     def _write(self) -> None:
-        """Give the quantizers the ceilings."""
+        """Give the quantizers the ceilings; leave the model alone once these stay."""
         for width in self.widths:
             for q in width.quantizers:
                 q.change_bits(width.number.bits)
+        if self.is_frozen:
+            self.probe.remove()
+
+
+def _start(share: Share, name: str, start: float | None, lowest: int, highest: int) -> float:
+    """Where a width starts, within bounds that its quantizers may have."""
+    fewest = max(q.fewest_bits for q in share.quantizers)
+    for bound, bits, least in (("lowest", lowest, fewest), ("highest", highest, lowest)):
+        if isinstance(bits, bool) or not isinstance(bits, int):
+            checks.fail(TypeError, bound, f"an int from {least} to 8", repr(bits))
+        if not least <= bits <= 8:
+            checks.fail(ValueError, bound, f"{least} to 8, for the {share.kind} of {share.layers[0]}", bits)
+    value = float(max(q.bits for q in share.quantizers) if start is None else start)
+    if not lowest <= value <= highest:
+        where = "" if start is not None else f", the {share.kind} of {share.layers[0]}"
+        checks.fail(ValueError, name, f"bits from lowest to highest, {lowest} to {highest}", f"{value:g}{where}")
+    return value
+
+
+def _too_late(_: Tensor) -> None:
+    """Hook of a loss."""
+    wanted = "loss.backward() before it: it gives the quantizers other bit-widths"
+    checks.fail(RuntimeError, "AdaQAT.step", wanted, "backward() of that loss after it")
 
 
 def _read(losses: list[Tensor]) -> list[float]:

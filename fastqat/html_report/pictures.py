@@ -24,7 +24,7 @@ def draw_accuracy(fp32: list[Row], qat: list[Row]) -> Any:
     Args:
         fp32, qat: the rows of these phases; at least one of ``qat``.
     """
-    figure, (axes,) = _figure(1, 1, 3.4)
+    figure, (axes,) = new_figure(1, 1, 3.4)
     lines = (
         ("test_accuracy", AFTER, "o-", "running statistics"),
         ("bn_test_accuracy", "#ea580c", "s-", "re-estimated statistics"),
@@ -40,7 +40,7 @@ def draw_accuracy(fp32: list[Row], qat: list[Row]) -> Any:
         axes.axhline(level, color=INK, linestyle="--", linewidth=1, label=f"float32, {level:.2%}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _percent(axes)
-    _decorate(axes, "test accuracy", "epoch of quantization-aware training")
+    decorate(axes, "test accuracy", "epoch of quantization-aware training")
     axes.legend(frameon=False, loc="lower right")
     return figure
 
@@ -55,7 +55,7 @@ def draw_shares(rows: list[Row]) -> Any:
     panels = {"oscillating": "oscillating weights", "frozen": "frozen weights", "changes": "codes that change per step"}
     if not freezes:
         del panels["frozen"]
-    figure, axes = _figure(1, len(panels), 3.2)
+    figure, axes = new_figure(1, len(panels), 3.2)
     for kind in [kind for kind in KINDS if kind in rows[-1]]:
         tracked = [row for row in rows if kind in row]
         steps = np.array([row["step"] for row in tracked])
@@ -67,7 +67,7 @@ def draw_shares(rows: list[Row]) -> Any:
     for panel, title in zip(axes, panels.values(), strict=True):
         _percent(panel)
         panel.set_ylim(bottom=0)
-        _decorate(panel, title, "step")
+        decorate(panel, title, "step")
     axes[0].legend(frameon=False)
     return figure
 
@@ -78,7 +78,7 @@ def draw_histograms(pairs: list[tuple[Histogram, Histogram]]) -> Any:
     Args:
         pairs: of each layer, before and after.
     """
-    figure, axes = _figure(len(pairs), 2, 2.3 * len(pairs))
+    figure, axes = new_figure(len(pairs), 2, 2.3 * len(pairs))
     for row, pair in enumerate(pairs):
         top = 1.08 * max(each.shares.max() for each in pair)
         for column, (each, color, when) in enumerate(zip(pair, (BEFORE, AFTER), ("before", "after"), strict=True)):
@@ -89,7 +89,7 @@ def draw_histograms(pairs: list[tuple[Histogram, Histogram]]) -> Any:
             panel.set_ylim(0, max(top, 1e-9))
             panel.set_xticks(range(each.qmin, each.qmax + 1))
             _percent(panel)
-            _decorate(panel, f"{each.name or 'layer'} ({each.kind}), {when}", "latent weight / scale, in codes")
+            decorate(panel, f"{each.name or 'layer'} ({each.kind}), {when}", "latent weight / scale, in codes")
     return figure
 
 
@@ -100,7 +100,7 @@ def draw_between_codes(start: list[Histogram], end: list[Histogram]) -> Any:
         start, end: of all layers.
     """
     kinds = [kind for kind in KINDS if any(each.kind == kind for each in end)]
-    figure, axes = _figure(1, len(kinds), 3.0)
+    figure, axes = new_figure(1, len(kinds), 3.0)
     for panel, kind in zip(axes, kinds, strict=True):
         for found, color, label in ((start, BEFORE, "before"), (end, AFTER, "after")):
             counts = sum(each.between_codes for each in found if each.kind == kind)
@@ -115,7 +115,7 @@ def draw_between_codes(start: list[Histogram], end: list[Histogram]) -> Any:
         for label, side in zip(panel.get_xticklabels(), ("left", "center", "right"), strict=True):
             label.set_horizontalalignment(side)
         _percent(panel)
-        _decorate(panel, kind, "")
+        decorate(panel, kind, "")
     axes[0].legend(frameon=False)
     return figure
 
@@ -128,7 +128,7 @@ def draw_traces(traces: Arrays) -> Any:
     """
     count = sum(key.startswith("name") for key in traces)
     columns = max(len(traces[f"index{i}"]) for i in range(count))
-    figure, axes = _figure(count, columns, 2.1 * count, sharex=False)
+    figure, axes = new_figure(count, columns, 2.1 * count)
     for i in range(count):
         steps, index = traces[f"steps{i}"], traces[f"index{i}"]
         for column in range(columns):
@@ -145,7 +145,7 @@ def draw_traces(traces: Arrays) -> Any:
             _thresholds(panel.axhline, lowest, highest)
             panel.set_ylim(lowest - 0.15, highest + 0.15)
             panel.yaxis.get_major_locator().set_params(integer=True)
-            _decorate(panel, f"{traces[f'name{i}']} ({traces[f'kind{i}']}), weight {index[column]}", "step", 8)
+            decorate(panel, f"{traces[f'name{i}']} ({traces[f'kind{i}']}), weight {index[column]}", "step", 8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside upper left", ncols=3)
     return figure
@@ -157,7 +157,7 @@ def draw_divergence(rows: list[Divergence]) -> Any:
     Args:
         rows: one per layer.
     """
-    figure, (axes,) = _figure(1, 1, 3.2)
+    figure, (axes,) = new_figure(1, 1, 3.2)
     for kind in [kind for kind in KINDS if any(row.kind == kind for row in rows)]:
         places = [place for place, row in enumerate(rows, 1) if row.kind == kind]
         values = [row.mean for row in rows if row.kind == kind]
@@ -166,7 +166,7 @@ def draw_divergence(rows: list[Divergence]) -> Any:
         axes.set_yscale("log")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlim(0.3, len(rows) + 0.7)
-    _decorate(axes, "KL divergence, mean over the channels", "layer of batch normalisation, from input to output")
+    decorate(axes, "KL divergence, mean over the channels", "layer of batch normalisation, from input to output")
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside upper left", ncols=len(KINDS))
     return figure
 
@@ -203,7 +203,7 @@ def draw_activations(rows: list[Row]) -> Any:
 
 def _draw_layers(rows: list[Row], panels: dict[str, tuple[str, ...]], time: str) -> Any:
     """A panel with a line per layer, from the first one (dark) to the last one (light), for numbers of layers."""
-    figure, axes = _figure(1, len(panels), 3.4)
+    figure, axes = new_figure(1, len(panels), 3.4)
     names = list(rows[-1]["layers"])
     colors = import_extra("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, len(names)))
     for panel, (title, keys) in zip(axes, panels.items(), strict=True):
@@ -215,7 +215,7 @@ def _draw_layers(rows: list[Row], panels: dict[str, tuple[str, ...]], time: str)
                 panel.plot(*zip(*points, strict=True), color=color, linewidth=1.1, marker=marker, label=name)
         if keys in (("beyond",), ("clipped",)):
             _percent(panel)
-        _decorate(panel, title, time)
+        decorate(panel, title, time)
     handles, labels = axes[-1].get_legend_handles_labels()
     shown = sorted({0, len(names) // 2, len(names) - 1})
     chosen = [[each[i] for i in shown] for each in (handles, labels)]
@@ -223,13 +223,15 @@ def _draw_layers(rows: list[Row], panels: dict[str, tuple[str, ...]], time: str)
     return figure
 
 
-def _figure(rows: int, columns: int, height: float, sharex: bool = False) -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, height: float, sharey: bool = False) -> tuple[Any, Any]:
+    """Return a figure of panels, and the panels, row by row."""
     # Not pyplot: it would choose a window system and keep every figure alive.
     figure = import_extra("matplotlib.figure").Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=sharex, squeeze=False).ravel()
+    return figure, figure.subplots(rows, columns, sharey=sharey, squeeze=False).ravel()
 
 
-def _decorate(axes: Any, title: str, below: str, size: int = 10) -> None:
+def decorate(axes: Any, title: str, below: str, size: int = 10) -> None:
+    """Give a panel its title, the name of its horizontal axis, and the look of all."""
     axes.set_title(title, loc="left", fontsize=size, color=INK)
     axes.set_xlabel(below, fontsize=9, color=INK)
     axes.tick_params(labelsize=8, colors=INK)

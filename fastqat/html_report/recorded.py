@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastqat.train import quantizer_recorder
+from fastqat.train import bit_width_search, quantizer_recorder, transition_recorder
 from fastqat.train.config import Config, parse_options, read_text
 from fastqat.train.recorder import BINS, END, EPOCHS, FOLDER, MARGIN, START, STEPS, TRACES
 from fastqat.train.run_folder import CONFIG, Row
@@ -30,6 +30,8 @@ class Recorded:
         steps, epochs: what :class:`fastqat.train.recorder.Recorder` has written of steps and epochs; may be empty.
         start, end, traces: the arrays that it has written, or None.
         gradients, activations: what :class:`fastqat.train.quantizer_recorder.QuantizerRecorder` has; may be empty.
+        bit_widths: what :class:`fastqat.train.bit_width_search.BitWidthSearch` has; may be empty.
+        transitions: what :class:`fastqat.train.transition_recorder.TransitionRecorder` has; may be empty.
     """
 
     path: Path
@@ -42,6 +44,8 @@ class Recorded:
     traces: Arrays | None
     gradients: list[Row]
     activations: list[Row]
+    bit_widths: list[Row]
+    transitions: list[Row]
 
     def of_phase(self, phase: str) -> list[Row]:
         """The rows of a phase."""
@@ -67,7 +71,10 @@ def read_run(path: Path) -> Recorded:
     start, end, traces = (_read_arrays(folder / name) for name in (START, END, TRACES))
     names = (quantizer_recorder.GRADIENTS, quantizer_recorder.ACTIVATIONS)
     gradients, activations = (_read_rows(path / quantizer_recorder.FOLDER / name, "step") for name in names)
-    return Recorded(path, config, rows, steps, epochs, start, end, traces, gradients, activations)
+    bit_widths = _read_rows(path / bit_width_search.FOLDER / bit_width_search.STEPS, "step")
+    transitions = _read_rows(path / transition_recorder.FOLDER / transition_recorder.STEPS, "step")
+    of_quantizers = (gradients, activations, bit_widths, transitions)
+    return Recorded(path, config, rows, steps, epochs, start, end, traces, *of_quantizers)
 
 
 def _read_rows(path: Path, key: str) -> list[Row]:

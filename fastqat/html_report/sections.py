@@ -50,7 +50,7 @@ def accuracy(run: Recorded) -> Section:
     )
     if not any("bn_test_accuracy" in row for row in qat):
         text += " This run was not tested with re-estimated statistics (option reestimate_bn)."
-    return _pictured("Accuracy", text, accuracy=pictures.draw_accuracy(run.of_phase("FP32"), qat))
+    return pictured("Accuracy", text, accuracy=pictures.draw_accuracy(run.of_phase("FP32"), qat))
 
 
 def shares(run: Recorded) -> Section:
@@ -62,7 +62,7 @@ def shares(run: Recorded) -> Section:
         f"A weight oscillates while the moving average of its reversals per step is above {threshold:g}. Frozen ones "
         "keep their code for good, and count as oscillating no longer."
     )
-    return _pictured("Oscillating and frozen weights", text, shares=pictures.draw_shares(run.steps))
+    return pictured("Oscillating and frozen weights", text, shares=pictures.draw_shares(run.steps))
 
 
 def layers(run: Recorded) -> Section:
@@ -102,7 +102,7 @@ def latent_weights(run: Recorded) -> Section:
         "Latent weights, in units of the scale, before quantization-aware training and after its last epoch. Weights "
         "that are pulled to both sides of a threshold (dotted) end up on it: these are the ones that oscillate."
     )
-    section = _pictured(
+    section = pictured(
         "Latent weights",
         text,
         between_codes=pictures.draw_between_codes([start[n] for n in both], [end[n] for n in both]),
@@ -120,7 +120,7 @@ def traces(run: Recorded) -> Section:
         "changes whenever the latent weight crosses a threshold (dotted). The average of the codes says for which part "
         "of the time a weight was on either side; freezing rounds it, and from then on the code stays as it is."
     )
-    return _pictured("Weights that oscillate", text, traces=pictures.draw_traces(run.traces))
+    return pictured("Weights that oscillate", text, traces=pictures.draw_traces(run.traces))
 
 
 def gradients(run: Recorded) -> Section:
@@ -133,7 +133,7 @@ def gradients(run: Recorded) -> Section:
         f"top {alpha:.2%} of each layer by magnitude; their error is the mean of |g - Q(g)| over them, divided by the "
         "largest |g|. Beyond the grid, gradients are clipped. One line is one layer, dark ones come first."
     )
-    section = _pictured("Gradients", text, gradients=pictures.draw_gradients(run.gradients))
+    section = pictured("Gradients", text, gradients=pictures.draw_gradients(run.gradients))
     last = run.gradients[-1]
     heading = ("layer", "gamma", "low", "high", "largest", "beyond", "error of large gradients")
     rows = [
@@ -153,7 +153,7 @@ def activations(run: Recorded) -> Section:
         "Ends of the grid, share of the elements beyond them, and ratio of signal to quantization noise of what each "
         "layer's activation quantizer sees, on a training batch after each epoch. Dark lines come first."
     )
-    section = _pictured("Activations", text, activations=pictures.draw_activations(run.activations))
+    section = pictured("Activations", text, activations=pictures.draw_activations(run.activations))
     last = run.activations[-1]
     rows = [
         [name, *(_number(row[key], ".3g") for key in ("low", "high")), _number(row["clipped"], ".3%")]
@@ -188,7 +188,7 @@ def divergence(run: Recorded, root: Path | None) -> Section:
         "Kullback-Leibler divergence of normal distributions, in nats, between the statistics re-estimated from "
         f"{run.config.bn_batches} training batches and the running ones that training has ended with."
     )
-    section = _pictured("Statistics of batch normalisation", text, bn_divergence=pictures.draw_divergence(rows))
+    section = pictured("Statistics of batch normalisation", text, bn_divergence=pictures.draw_divergence(rows))
     section.body += _divergence_tables(rows)
     return section
 
@@ -215,8 +215,14 @@ def _why_nothing(run: Recorded) -> str:
     return "the run has tracked no weight, or for too few steps"
 
 
-def _pictured(title: str, text: str, **drawn: Any) -> Section:
-    """A section with a text and pictures."""
+def pictured(title: str, text: str, **drawn: Any) -> Section:
+    """Return a section with a text and pictures.
+
+    Args:
+        title: its heading.
+        text: plain.
+        drawn: matplotlib figures; their names are those of the files, and the texts for those who do not see them.
+    """
     files = {name: _png(picture) for name, picture in drawn.items()}
     body = paragraph(text) + "".join(figure(png, name.replace("_", " ")) for name, png in files.items())
     return Section(title, body, files)

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 from fastqat.html_report import sections
+from fastqat.html_report.bit_widths import bit_widths
 from fastqat.html_report.page import Section, bullets, page, paragraph
 from fastqat.html_report.recorded import Recorded, read_run
+from fastqat.html_report.transitions import transition_rates
 from fastqat.train.files import write_file
 
 FOLDER = "report"
@@ -53,9 +55,13 @@ def write_report(path: Path, root: Path | None = None) -> Path:
 
 def _sections(run: Recorded, root: Path | None) -> list[Section]:
     found, reasons = [sections.results(run)], []
+    of_bit_widths = (("Bit-widths", bit_widths),) if run.config.adaqat else ()
+    of_transitions = (("Transition rates", transition_rates),) if run.config.transition_rate else ()
     of_quantizers = sections.OF_QUANTIZERS if run.config.record_quantizers else ()
     make = [
         *sections.SECTIONS,
+        *of_bit_widths,
+        *of_transitions,
         *of_quantizers,
         ("Statistics of batch normalisation", lambda run: sections.divergence(run, root)),
     ]

@@ -14,8 +14,8 @@ from fastqat.ranges.moments import Moments
 from fastqat.ranges.processes import gathered, joined, merged
 from fastqat.ranges.search import HistogramSearch, MeanSquaredError, fractions, step_sizes
 
-ESTIMATORS = ("minmax", "running_minmax", "percentile", "mse", "sqnr", "std", "mean_abs")
-SYMMETRIC = ("std", "mean_abs")  # give no zero point
+ESTIMATORS = ("minmax", "running_minmax", "percentile", "mse", "sqnr", "std", "std_open", "mean_abs")
+SYMMETRIC = ("std", "std_open", "mean_abs")  # give no zero point
 OF_LOGITS = ("cross_entropy",)  # make sense for the logits of a classifier alone, with one scale
 
 __all__ = [

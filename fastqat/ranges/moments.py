@@ -18,10 +18,12 @@ class Moments(MinMax):
 
     Args:
         spec: of the quantizer, whose grid is symmetric.
-        name: "std": the range is 3 standard deviations; of unsigned codes 3 std / sqrt(1 - 2/pi), as if the values
-            were the positive half of a normal distribution. "mean_abs": the scale is 2 mean|x| / sqrt(qmax).
+        name: "std": the range, of which qmax is the end, is 3 standard deviations; of unsigned codes 3 std / sqrt(1 -
+            2/pi), as if the values were the positive half of a normal distribution. "std_open": the same, and qmax is a
+            step below its end. "mean_abs": the scale is 2 mean|x| / sqrt(qmax).
 
-    Source: LBT (ECCV 2024) and EWGS (2104.00903) for "std"; LSQ (1902.08153), section 2.1, for "mean_abs".
+    Source: LBT (ECCV 2024) and EWGS (2104.00903) for "std"; TRS (2404.19248), section 3, for "std_open"; LSQ
+        (1902.08153), section 2.1, for "mean_abs".
     """
 
     def __init__(self, spec: GridSpec, name: str) -> None:
@@ -66,6 +68,7 @@ class Moments(MinMax):
             scale = 2 * magnitude / count.clamp(min=1) / math.sqrt(qmax)
         else:
             std = (deviations / (count - 1).clamp(min=1)).sqrt()
-            scale = 3 * std / (1.0 if self.spec.qmin < 0 else HALF_NORMAL) / qmax
+            end = self.spec.qmax + 1 if self.name == "std_open" else qmax
+            scale = 3 * std / (1.0 if self.spec.qmin < 0 else HALF_NORMAL) / end
         scale = filled(scale.float()).view(self.bounds()[0].shape)
         return scale, torch.zeros_like(scale)

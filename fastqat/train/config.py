@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastqat import ranges
+from fastqat.adaqat.bit_width import FREEZE_TO
+from fastqat.adaqat.hardware import COSTS
 from fastqat.nn.gradient import METHODS, GradientQSpec
 from fastqat.nn.spec import FOLLOWING
 from fastqat.nn.tracking import AGGREGATES
@@ -18,10 +20,13 @@ from fastqat.ops.checks import fail
 from fastqat.ops.estimators import ESTIMATORS
 from fastqat.train.data import DATASETS
 from fastqat.train.extras import import_extra
+from fastqat.train.layer_bits import parse as parse_layer_bits
 from fastqat.train.options import Option, option, options_of
+from fastqat.transition_rate import RULES
 
 TASK, QUANTIZATION, OSCILLATIONS, MACHINE = "what to train", "quantization", "oscillations", "machine"
-GRADIENTS = "gradients"
+BIT_WIDTHS, GRADIENTS, TRANSITIONS = "bit-widths", "gradients", "transition rates"
+SCHEDULES = ("cosine", "linear", "constant")
 LBT = GradientQSpec()  # its defaults
 
 
@@ -56,8 +61,35 @@ class Config:
     first_last_float: bool = option(False, "the first and the last layer stay in float", group=QUANTIZATION)
     quantizer: str = option(
         "lsq",
-        "of weights and activations: learned scales (lsq), those of LBT (lbt), or ranges that follow the data (range)",
-        choices=("lsq", "lbt", "range"),
+        "of weights and activations: learned scales (lsq), those of LBT (lbt) or TRS (trs; those of weights stay as "
+        "they are with --transition-rate), ranges that follow the data (range), or weights of DoReFa (dorefa)",
+        choices=("lsq", "lbt", "trs", "range", "dorefa"),
+        group=QUANTIZATION,
+    )
+    activation_quantizer: str = option(
+        "cg_pact",
+        "of activations with --quantizer dorefa: a learned range with the gradient of SAT (cg_pact) or PACT (pact), or "
+        "[0, 1] (dorefa), but for the input of the first layer",
+        choices=("cg_pact", "pact", "dorefa"),
+        group=QUANTIZATION,
+    )
+    weight_rescale: str = option(
+        "none",
+        "of weights with --quantizer dorefa (SAT), to the standard deviation 1 / sqrt(outputs * size of the kernel) "
+        "(constant), or to that of the weight in float (std)",
+        choices=("none", "constant", "std"),
+        group=QUANTIZATION,
+    )
+    weight_rescale_layers: str = option(
+        "linear",
+        "which layers are rescaled: convolutions have batch normalization behind them",
+        choices=("linear", "all"),
+        group=QUANTIZATION,
+    )
+    bits: dict[str, Any] = option(
+        {},
+        "of single layers, by name or pattern; the last that matches decides. 4/6 is weight/activation, 4 is both, "
+        "float leaves both in float: 'layer1.*=4/6' fc=float",
         group=QUANTIZATION,
     )
     activation_range: str = option(
@@ -89,6 +121,47 @@ class Config:
     )
     activation_estimator: str = option(
         "ste", "of the gradient of rounding activations", choices=tuple(ESTIMATORS), group=QUANTIZATION
+    )
+
+    adaqat: float = option(
+        0.0,
+        "lambda: learn bit-widths from those of --bits-* on, with lambda times their cost in the loss (AdaQAT); 0 has "
+        "none",
+        low=0,
+        group=BIT_WIDTHS,
+    )
+    adaqat_lr_weight: float = option(
+        1e-3, "learning rate of the bit-width of weights (unverified)", low=0, group=BIT_WIDTHS
+    )
+    adaqat_lr_activation: float = option(
+        5e-4, "learning rate of the bit-width of activations (unverified)", low=0, group=BIT_WIDTHS
+    )
+    adaqat_every: int = option(1, "steps from update to update of bit-widths (unverified)", low=1, group=BIT_WIDTHS)
+    adaqat_lowest: int = option(2, "fewest bits that are learned, 1..8 (unverified)", low=1, high=8, group=BIT_WIDTHS)
+    adaqat_freeze_after: int = option(
+        10,
+        "oscillations about an integer after which a bit-width is frozen (unverified); 0 freezes none",
+        low=0,
+        group=BIT_WIDTHS,
+    )
+    adaqat_freeze: str = option(
+        "each",
+        "whether each bit-width is frozen by itself, or both once both have oscillated (unverified)",
+        choices=("each", "both"),
+        group=BIT_WIDTHS,
+    )
+    adaqat_freeze_to: str = option(
+        "ceil", "the bit-width of that moment, or the one of most steps", choices=FREEZE_TO, group=BIT_WIDTHS
+    )
+    adaqat_cost: str = option(
+        "product",
+        "of hardware: product of the bits of weights and activations (its factor 1 is unverified), bit operations as a "
+        "mean over all multiplications, or mean bits of a weight",
+        choices=COSTS,
+        group=BIT_WIDTHS,
+    )
+    adaqat_per_layer: bool = option(
+        False, "each layer learns bit-widths of its own (beyond the paper)", group=BIT_WIDTHS
     )
 
     bits_gradient: int = option(
@@ -146,11 +219,29 @@ class Config:
         0.0, "part of QAT before which it has none", low=0, high=1, group=OSCILLATIONS
     )
 
+    transition_rate: float = option(
+        0.0,
+        "lam: the target of the rate at which weights change their codes begins at lam * sqrt(bits), and their "
+        "learning rates follow it; 0 has none",
+        low=0,
+        group=TRANSITIONS,
+    )
+    transition_schedule: str = option(
+        "cosine", "of the target, to 0 where it is not constant", choices=SCHEDULES, group=TRANSITIONS
+    )
+    transition_rule: str = option(
+        "multiplicative", "by which learning rates follow the target", choices=RULES, group=TRANSITIONS
+    )
+    transition_momentum: float = option(0.99, "of running rates, below 1", low=0, high=1, group=TRANSITIONS)
+    transition_bound: float = option(
+        10.0, "largest ratio of target and running rate that a rule sees; 0 has none", low=0, group=TRANSITIONS
+    )
+
     epochs: int = option(10, "epochs of quantization-aware training", low=0)
     fp32_epochs: int = option(15, "epochs of FP32 training before it", low=0)
     batch_size: int = option(64, "images per step, of all processes together", low=1)
     accumulate: int = option(1, "pieces that a batch is computed in, one after the other, to save memory", low=1)
-    optimizer: str = option("sgd", "of the network's weights", choices=("sgd", "adamw"))
+    optimizer: str = option("sgd", "of the network's weights", choices=("sgd", "adam", "adamw"))
     lr: float = option(0.02, "learning rate of quantization-aware training", low=0)
     fp32_lr: float = option(0.1, "learning rate of FP32 training", low=0)
     quantizer_lr: float = option(1e-5, "learning rate of Adam for the scales", low=0)
@@ -187,10 +278,34 @@ class Config:
             warmup, epochs = getattr(self, f"{prefix}warmup_epochs"), getattr(self, f"{prefix}epochs")
             if epochs and warmup > epochs:
                 raise ValueError(f"{prefix}warmup_epochs: wanted at most {epochs}, all of the epochs; got {warmup}")
+        for pattern, value in self.bits.items():
+            parse_layer_bits(pattern, value)
+        self._check_dorefa()
         self._check_oscillations()
+        self._check_adaqat()
+        if self.transition_momentum == 1:
+            fail(ValueError, "transition_momentum", "a number below 1", 1.0)
+        if 0 < self.transition_bound < 1:
+            fail(ValueError, "transition_bound", "0, or a number of at least 1", self.transition_bound)
         if self.gradient_gamma is not None and not self.bits_gradient:
             got = f"gradient_gamma {self.gradient_gamma}, bits_gradient 0"
             fail(ValueError, "gradient_gamma", "bits_gradient beside it", got)
+
+    def _check_dorefa(self) -> None:
+        """Check what only weights of DoReFa have, and what they have not."""
+        if self.quantizer != "dorefa":
+            for name in ("activation_quantizer", "weight_rescale", "weight_rescale_layers"):
+                if getattr(self, name) != OPTIONS[name].default:
+                    got = f"{name} {getattr(self, name)}, quantizer {self.quantizer}"
+                    fail(ValueError, name, "quantizer dorefa beside it", got)
+            return
+        for name in ("estimator", "activation_estimator", "track_oscillations", "transition_rate", "dampening"):
+            if getattr(self, name) != OPTIONS[name].default:
+                got = f"{name} {getattr(self, name)}, quantizer dorefa"
+                fail(ValueError, name, "another quantizer than dorefa, whose gradients are its own", got)
+        if self.bin_regularization:
+            got = f"bin_regularization {self.bin_regularization:g}, quantizer dorefa"
+            fail(ValueError, "bin_regularization", "another quantizer than dorefa, whose levels are of tanh", got)
 
     def _check_oscillations(self) -> None:
         """Check what one option alone does not show; the quantizers themselves say what else does not fit."""
@@ -209,11 +324,24 @@ class Config:
             got = f"activation_estimator {self.activation_estimator}, bits_activation 0"
             fail(ValueError, "activation_estimator", "bits_activation beside it", got)
 
+    def _check_adaqat(self) -> None:
+        """Check what learns bit-widths beside what else there is."""
+        if not self.adaqat:
+            return
+        for name in ("bits_weight", "bits_activation"):
+            bits = getattr(self, name)
+            if 0 < bits < self.adaqat_lowest:
+                fail(ValueError, name, f"at least adaqat_lowest, {self.adaqat_lowest}, where adaqat starts", bits)
+        if self.transition_rate:
+            got = f"adaqat {self.adaqat:g}, transition_rate {self.transition_rate:g}"
+            fail(ValueError, "adaqat", "no transition_rate beside it, whose target is that of one bit-width", got)
+
     @property
     def bit_widths(self) -> str:
-        """Bits of weights, activations and gradients in short, such as W4A4G4, or W3."""
+        """Bits of weights, activations and gradients in short, such as W4A4G4, W3, or W4A4-mixed."""
         others = {"A": self.bits_activation, "G": self.bits_gradient}
-        return f"W{self.bits_weight}" + "".join(f"{name}{bits}" for name, bits in others.items() if bits)
+        of_all = f"W{self.bits_weight}" + "".join(f"{name}{bits}" for name, bits in others.items() if bits)
+        return of_all + ("-mixed" if self.bits else "")
 
     def plain(self) -> dict[str, Any]:
         """Return the options as YAML and JSON can hold them."""

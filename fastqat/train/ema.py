@@ -16,8 +16,8 @@ class AveragedModel:
     """A copy of a network that follows it.
 
     After update t, average = d * average + (1 - d) * value with d = min(decay, (1 + t) / (10 + t)), for all that is
-    floating point: weights, scales, statistics of BN. Whatever counts is copied. The state of oscillations is shared: a
-    weight that is frozen is so in the average.
+    floating point: weights, scales, statistics of BN. Whatever counts is copied; so are bit-widths, and a quantizer of
+    the average keeps its range then. The state of oscillations is shared: a weight that is frozen is so in the average.
 
     Args:
         model: the network; it is left alone.
@@ -27,9 +27,8 @@ class AveragedModel:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
-        for mine, other in zip(self.module.modules(), model.modules(), strict=True):
-            if isinstance(mine, FakeQuant) and isinstance(other, FakeQuant):
-                mine.tracker = other.tracker
+        for mine, other in zip(_quantizers(self.module), _quantizers(model), strict=True):
+            mine.tracker = other.tracker
 
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
@@ -39,6 +38,7 @@ class AveragedModel:
             model: the network.
             updates: number of steps that were taken before.
         """
+        self._follow_bits(model)
         decay = min(self.decay, (1 + updates) / (WARMUP + updates))
         mine, others = _tensors(self.module), _tensors(model)
         own = [(kept, others[key]) for key, kept in mine.items() if kept is not others[key]]
@@ -49,6 +49,18 @@ class AveragedModel:
         if averaged:
             kept_list, values = (list(each) for each in zip(*averaged, strict=True))
             torch._foreach_lerp_(kept_list, values, 1 - decay)
+
+    def _follow_bits(self, model: nn.Module) -> None:
+        """Give quantizers the bit-widths of the network, and their trackers, which are shared."""
+        for mine, other in zip(_quantizers(self.module), _quantizers(model), strict=True):
+            if mine.bits != other.bits:
+                mine.tracker = None
+                mine.change_bits(other.bits)
+                mine.tracker = other.tracker
+
+
+def _quantizers(model: nn.Module) -> list[FakeQuant]:
+    return [module for module in model.modules() if isinstance(module, FakeQuant)]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fastqat.train.config import Config
+from fastqat.transition_rate import TransitionRateScheduler
+
+TRANSITIONS = "transitions."  # before the names of their state
 
 
 def schedule_factor(config: Config, step: int, steps: int, warmup_steps: int) -> float:
@@ -35,14 +38,28 @@ def schedule_factor(config: Config, step: int, steps: int, warmup_steps: int) ->
 
 def weight_optimizer(config: Config, weights: list[nn.Parameter], lr: float) -> Optimizer:
     """Make the optimizer of the network's own parameters."""
-    if config.optimizer == "adamw":
-        return AdamW(weights, lr=lr, weight_decay=config.weight_decay)
+    if config.optimizer != "sgd":
+        kind = AdamW if config.optimizer == "adamw" else Adam
+        return kind(weights, lr=lr, weight_decay=config.weight_decay)
     return SGD(weights, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 def scale_optimizer(config: Config, scales: list[nn.Parameter]) -> Optimizer:
     """Make the optimizer of the quantizers' parameters, which do not decay."""
     return Adam(scales, lr=config.quantizer_lr)
+
+
+def hold_rate(optimizer: Optimizer, weights: list[Tensor]) -> None:
+    """Take some of the weights of an optimizer out of the schedule: their learning rate stays as it is.
+
+    Args:
+        optimizer: new, with one group of parameters.
+        weights: of this group; those of no group are left alone.
+    """
+    group, held = optimizer.param_groups[0], {id(weight) for weight in weights}
+    own = [p for p in group["params"] if id(p) in held]
+    group["params"] = [p for p in group["params"] if id(p) not in held]
+    optimizer.add_param_group({**group, "params": own, "held": True})
 
 
 class Updates:
@@ -53,12 +70,16 @@ class Updates:
         optimizers: each owns some parameters; the first one the network's weights, whose gradient may be clipped.
         steps: all steps of the phase.
         warmup_steps: those of its warm-up.
+
+    Attributes:
+        transitions: what scales the updates of quantized weights; None leaves them as they are.
     """
 
     def __init__(self, config: Config, optimizers: list[Optimizer], steps: int, warmup_steps: int) -> None:
         self.config, self.optimizers = config, optimizers
         self.steps, self.warmup_steps = steps, warmup_steps
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        self.transitions: TransitionRateScheduler | None = None
 
     def lr(self, step: int) -> float:
         """Return the learning rate of the weights at a step of the phase."""
@@ -88,18 +109,26 @@ class Updates:
         factor = schedule_factor(self.config, step, self.steps, self.warmup_steps)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = rate if group.get("held") else rate * factor
             optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state of the optimizers by name; rates are no state, as they follow from the step."""
-        return dict(_named(enumerate(optimizer.state_dict()["state"] for optimizer in self.optimizers)))
+        named = dict(_named(enumerate(optimizer.state_dict()["state"] for optimizer in self.optimizers)))
+        if self.transitions is not None:
+            named |= {TRANSITIONS + name: tensor for name, tensor in self.transitions.state_dict().items()}
+        return named
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Restore what :meth:`tensors` returned."""
         states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
+        own = {name for name in tensors if name.startswith(TRANSITIONS)}
+        if self.transitions is not None:
+            self.transitions.load_state_dict({name.removeprefix(TRANSITIONS): tensors[name] for name in own})
         for name, tensor in tensors.items():
+            if name in own:
+                continue
             number, index, key = name.split(".", 2)
             states[int(number)].setdefault(int(index), {})[key] = tensor
         for optimizer, state in zip(self.optimizers, states, strict=True):

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
-GROUPS = ("what to train", "quantization", "gradients", "oscillations", "training", "machine")
+GROUPS = (
+    "what to train",
+    "quantization",
+    "bit-widths",
+    "gradients",
+    "oscillations",
+    "transition rates",
+    "training",
+    "machine",
+)
 
 
 def option(

@@ -17,11 +17,15 @@ BAR_PERIOD = 0.2  # seconds between looks at the running loss: each one waits fo
 LINE_PERIOD = 30.0
 TESTS = {"": "test", "bn_": "re-estimated", "ema_": "average", "bn_ema_": "average re-estimated"}  # by prefix of a row
 SHARES = ("oscillating", "frozen")  # of the tracked weights
+WIDTHS = {"weight_bits": "W", "activation_bits": "A"}  # learned bit-widths
 COLUMNS = {  # of the table at the end: heading, key of a row, format
     "top-1": ("test_accuracy", ".2%"),
     "BN re-estimated": ("bn_test_accuracy", ".2%"),
     "loss": ("test_loss", ".4f"),
     **{name: (name, ".2%") for name in SHARES},
+    **{f"{short} bits": (key, ".2f") for key, short in WIDTHS.items()},
+    "WCR": ("weight_compression_rate", ".2f"),
+    "BitOPs": ("bit_operations", ","),
 }
 
 
@@ -92,13 +96,14 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def step(self, meter: Meter, epoch: int, seen: int) -> None:
+    def step(self, meter: Meter, epoch: int, seen: int, note: str = "") -> None:
         """Show the state of the running epoch, if it was not shown just before.
 
         Args:
             meter: of this process.
             epoch: epochs finished before.
             seen: images of this epoch that all processes have seen.
+            note: what else is to be shown.
         """
         now = time.monotonic()
         if now - self.shown < (BAR_PERIOD if self.bar else LINE_PERIOD):
@@ -107,7 +112,8 @@ class Progress:
         loss, accuracy = meter.read()
         done = epoch * self.images + seen
         rate = (done - self.done) / (now - self.started)
-        state = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {rate:,.0f} images/s"
+        parts = [f"loss {loss:.4f}", f"accuracy {accuracy:.2%}", note, f"{rate:,.0f} images/s"]
+        state = "  ".join(filter(None, parts))
         title = f"{self.phase} epoch {epoch + 1}/{self.epochs}"
         if self.bar:
             self.bar.update(self.task, completed=done, description=title, state=state)
@@ -124,8 +130,10 @@ class Progress:
         epoch = f"{row['epoch']:>{len(str(self.epochs))}}/{self.epochs}"
         train = f"train {row['train_loss']:.4f} {row['train_accuracy']:7.2%}"
         shares = [f"{name} {row[name]:.2%}" for name in SHARES if name in row]
+        widths = [f"{short}{row[key]:.2f}" for key, short in WIDTHS.items() if key in row]
         rate = f"{row['images_per_second']:,.0f} images/s"
-        line = "  ".join([f"{self.phase} epoch {epoch}", train, test_text(row), *shares, rate])
+        parts = [f"{self.phase} epoch {epoch}", train, test_text(row), *shares, " ".join(widths), rate]
+        line = "  ".join(filter(None, parts))
         self.console.print(line, soft_wrap=True)
 
 

@@ -10,12 +10,16 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 import fastqat
-from fastqat.train.quantization import undampened
+from fastqat.train.bit_width_search import BitWidthSearch
+from fastqat.train.optimization import hold_rate
+from fastqat.train.quantization import transition_rates, undampened
 from fastqat.train.quantizer_recorder import QuantizerRecorder
 from fastqat.train.recorder import Recorder
 from fastqat.train.run import Run
 from fastqat.train.run_folder import Row
 from fastqat.train.training import Training
+from fastqat.train.transition_recorder import TransitionRecorder
+from fastqat.transition_rate import tracked_parameters
 
 BUCKET_BYTES = 25 * 2**20  # of weights that are quantized together in data-parallel training: torch's of gradients
 
@@ -36,9 +40,19 @@ class QuantizedTraining(Training):
         fastqat.quantize_weights_together(run.model, BUCKET_BYTES if run.processes.world_size > 1 else None)
         if run.config.compile:
             _see_first_gradients(run, first_order)
+        if run.config.transition_rate:
+            hold_rate(optimizers[0], tracked_parameters(run.model))
+        position, batches = run.state.position, run.data.train_batch_count(run.config.batch_size)
+        steps, done = epochs * batches, position.epoch * batches + position.batch
+        self.search: BitWidthSearch | None = None
+        if run.config.adaqat:
+            self.search = BitWidthSearch(run, steps=steps, step=done)
         super().__init__(run, phase, optimizers, epochs, first_order, warmup_epochs)
-        config, position, steps = self.config, self.state.position, epochs * self.batches
-        done = position.epoch * self.batches + position.batch
+        config = self.config
+        self.transitions: TransitionRecorder | None = None
+        if config.transition_rate:
+            self.updates.transitions = transition_rates(config, optimizers[0], run.model, steps)
+            self.transitions = TransitionRecorder(run.folder, self.updates.transitions, steps=steps, step=done)
         self.regularization: fastqat.Schedule | None = None
         if config.bin_regularization:
             begin = config.bin_regularization_begin
@@ -56,11 +70,25 @@ class QuantizedTraining(Training):
             asked_and_due = super()._step(images, labels)
         if self.config.bits_gradient:
             self.processes.merge_gradient_grids(self.run.model)
-        if self.recorder:
-            self.recorder.step()
-        if self.quantizers:
-            self.quantizers.step()
+        for recorder in (self.recorder, self.quantizers, self.transitions):
+            if recorder:
+                recorder.step()
         return asked_and_due
+
+    def before_update(self, loss: Tensor, images: Tensor, labels: Tensor) -> None:
+        """Move learned bit-widths, by the mean loss over the images of the batch, without what is added to it."""
+        if self.search:
+            # As in the backward pass: the mean over processes is the mean over all images.
+            factor = self.processes.world_size / self._count()
+            self.search.step(loss * factor, lambda: self._loss(images, labels) * factor)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The sum of the losses of a batch, [], computed in the same pieces as in the backward pass."""
+        pieces = self._pieces()
+        total = torch.zeros((), device=self.run.device)
+        for x, y in zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True):
+            total += self.forward(x, y)[0]
+        return total
 
     def penalty(self) -> Tensor | None:
         """Bin regularization, whose weight follows its schedule."""
@@ -71,16 +99,24 @@ class QuantizedTraining(Training):
         return undampened(self.run.model) if index and self.config.dampening else contextlib.nullcontext()
 
     def facts(self) -> dict[str, float]:
-        """Shares of oscillating and of frozen weights among those that are tracked."""
-        if not self.config.track_oscillations:
-            return {}
-        summary = fastqat.oscillation_summary(self.run.model)
-        return {name: summary[name] for name in ("oscillating", "frozen")}
+        """Shares of oscillating and of frozen weights among those that are tracked, and learned bit-widths."""
+        found = self.search.facts() if self.search else {}
+        if self.config.track_oscillations:
+            summary = fastqat.oscillation_summary(self.run.model)
+            found |= {name: summary[name] for name in ("oscillating", "frozen")}
+        return found
+
+    def note(self) -> str:
+        """The learned bit-widths."""
+        return self.search.note() if self.search else ""
 
     def end_epoch(self, row: Row) -> None:
         """Keep what the report of the run needs."""
         if self.recorder:
             self.recorder.epoch(row)
+        for recorder in (self.search, self.transitions):
+            if recorder:
+                recorder.save()
         if self.quantizers:
             batches = self.run.data.train_batches(
                 self.config.batch_size, seed=self.config.seed, epoch=self.first_order, augment=False
@@ -89,7 +125,7 @@ class QuantizedTraining(Training):
 
     def save(self) -> None:
         """Write what was recorded, and then a checkpoint: nothing that the checkpoint has passed is lost."""
-        for recorder in (self.recorder, self.quantizers):
+        for recorder in (self.search, self.transitions, self.recorder, self.quantizers):
             if recorder:
                 recorder.save()
         super().save()

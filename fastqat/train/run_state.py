@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastqat.adaqat import AdaQAT
 from fastqat.train.checkpoint import Snapshot
 from fastqat.train.config import OPTIONS, Config
 from fastqat.train.distributed import Processes
@@ -38,7 +39,7 @@ class Position:
 
 
 class RunState:
-    """Weights, their average, optimizers, position, sums of the running epoch, random numbers.
+    """Weights, their average, optimizers, learned bit-widths, position, sums of the running epoch, random numbers.
 
     Args:
         config: the options of the run.
@@ -53,7 +54,9 @@ class RunState:
         self.best: float | None = None  # test accuracy of the best quantized weights
         self.average: AveragedModel | None = None
         self.updates: Updates | None = None
+        self.search: AdaQAT | None = None
         self._restored: dict[str, Tensor] | None = None  # state of optimizers that are still to be made
+        self._restored_search: dict[str, Any] | None = None
 
     def begin(self, updates: Updates) -> None:
         """Take the optimizers of a phase: fresh, or as they were where the phase is resumed."""
@@ -64,10 +67,17 @@ class RunState:
         if self.config.ema and self.average is None:
             self.average = AveragedModel(self.model, self.config.ema)
 
+    def begin_search(self, search: AdaQAT) -> None:
+        """Take what learns bit-widths: fresh, or as it was where the phase is resumed."""
+        self.search = search
+        if self._restored_search is not None:
+            search.load_state_dict(self._restored_search)
+            self._restored_search = None
+
     def end(self, phase: str) -> None:
         """Leave a phase for the beginning of the next one."""
         self.position, self.meter = Position(phase), Meter()
-        self.average = self.updates = None
+        self.average = self.updates = self.search = None
 
     def end_epoch(self) -> None:
         """Leave an epoch for the beginning of the next one."""
@@ -87,6 +97,8 @@ class RunState:
             "rows": rows,
             "processes": self.processes.gather(own),
         }
+        if self.search:
+            facts["search"] = self.search.state_dict()
         parts: dict[str, dict[str, Tensor]] = {"model": self.model.state_dict()}
         if self.average:
             parts["average"] = self.average.module.state_dict()
@@ -125,6 +137,7 @@ class RunState:
             self.average = AveragedModel(self.model, self.config.ema)
             self.average.module.load_state_dict(average)
         self._restored = _part(snapshot.tensors, "optimizers") or None
+        self._restored_search = facts.get("search")
         self._restore_own(facts["processes"])
 
     def _restore_own(self, saved: list[dict[str, Any]]) -> None:

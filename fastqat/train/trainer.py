@@ -19,6 +19,9 @@ from torch.optim import Optimizer
 
 import fastqat
 from fastqat.batch_norm import reestimated
+from fastqat.nn.calibrate import to_calibrate
+from fastqat.ops.checks import fail
+from fastqat.train.bit_width_search import adaqat
 from fastqat.train.config import Config
 from fastqat.train.curves import draw_curves
 from fastqat.train.optimization import scale_optimizer, weight_optimizer
@@ -79,10 +82,16 @@ class Trainer(Run):
         """Raise a ValueError where the network cannot be quantized, or does not use all that would be."""
         steps = self.config.epochs * self.data.train_batch_count(self.config.batch_size)
         self.qconfig = quantizers(self.config, steps)
-        # Calibration finds the quantizers that nothing reaches, those of weights too; it needs some of activations.
+        # Calibration finds the quantizers that nothing reaches, those of weights too, where it has some of activations.
         self._prepare(replace(self.qconfig, activation=self.qconfig.activation or fastqat.QSpec()))
         zeros = torch.zeros(1, *self.data.image_shape)
-        fastqat.calibrate(self.model, [zeros], progress=False, distributed=False)
+        if to_calibrate(self.model):
+            fastqat.calibrate(self.model, [zeros], progress=False, distributed=False)
+        elif lost := fastqat.report(self.model, zeros).never_ran:
+            got = f"{self.config.model}, which never calls {', '.join(row.layer for row in lost)}"
+            fail(ValueError, "model", "a network that calls all layers that are quantized", got)
+        if self.config.adaqat:
+            adaqat(self.config, self.model, zeros).remove()
         fastqat.remove(self.model)
 
     def prepare(self) -> None:
@@ -96,7 +105,7 @@ class Trainer(Run):
         """Quantize weights and activations after training (PTQ): nothing but ranges is chosen from the data."""
         with self._known_statistics():
             self.prepare()
-            if self.qconfig.activation:
+            if to_calibrate(self.model):  # one layer may be the only one
                 self.calibrate()
         row = self.test("PTQ")
         self.save_weights(row)

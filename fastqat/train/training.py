@@ -83,7 +83,7 @@ class Training:
             asked, due = self._step(images, labels)
             position.batch += 1
             position.seconds = time.monotonic() - started
-            progress.step(state.meter, position.epoch, self._seen())
+            progress.step(state.meter, position.epoch, self._seen(), self.note())
             if asked or due:
                 self.save()
             self.run.stop_if(asked)
@@ -112,6 +112,18 @@ class Training:
     def facts(self) -> dict[str, float]:
         """Return what else the row of an epoch says."""
         return {}
+
+    def note(self) -> str:
+        """Return what else is shown while an epoch runs."""
+        return ""
+
+    def before_update(self, loss: Tensor, images: Tensor, labels: Tensor) -> None:
+        """Do what is to be done with the gradients there, before the optimizers step.
+
+        Args:
+            loss: sum over the slice of this process, [].
+            images, labels: the slice.
+        """
 
     def end_epoch(self, row: Row) -> None:
         """Keep what else there is to keep of an epoch, before its checkpoint is written."""
@@ -144,6 +156,7 @@ class Training:
         failed, asked, due = self.processes.any(not finite, self.run.signals.received is not None, self._due())
         if failed:
             raise FloatingPointError(self._explain(step + 1, "loss" if not loss.isfinite() else "gradient", images))
+        self.before_update(loss, images, labels)
         self.updates.step(step)
         if self.state.average:
             self.state.average.update(self.run.model, step)
@@ -157,10 +170,7 @@ class Training:
             waits = world_size > 1 and index < pieces - 1  # gradients are averaged once, with the last piece
             context = self.network.no_sync() if waits else contextlib.nullcontext()  # type: ignore[operator]
             with context, self.piece(index):
-                with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.bf16):
-                    logits = self.network(x)
-                smoothing = self.config.label_smoothing
-                loss = F.cross_entropy(logits.float(), y, reduction="sum", label_smoothing=smoothing)
+                loss, logits = self.forward(x, y)
                 # The mean of these over the processes is the mean over all images, however uneven the slices are.
                 mean = loss * (world_size / count)
                 penalty = self.penalty() if index == 0 else None
@@ -168,6 +178,13 @@ class Training:
             self.state.meter.add(loss, logits, y)
             total += loss.detach()
         return total
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the losses of some images, [], and the logits, [N, classes]."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.bf16):
+            logits = self.network(images)
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing), logits
 
     def _count(self) -> int:
         """Images of the running batch, of all processes together."""
