@@ -21,9 +21,10 @@ import torch
 
 import fastqat
 from fastqat.ops import native
-from fastqat.train.config import OPTIONS, make_config, nearest, recipes
+from fastqat.train.config import OPTIONS
 from fastqat.train.interrupt import Interrupted
 from fastqat.train.options import GROUPS, Option
+from fastqat.train.recipe import make_config, nearest, recipes
 
 USER_ERROR = 2
 FAILED = 1

@@ -14,10 +14,11 @@ from torch import nn
 
 from fastqat import cli
 from fastqat.train import config as config_module
-from fastqat.train.config import OPTIONS, Config, make_config, parse_options, read_recipe, recipes
+from fastqat.train.config import OPTIONS, Config
 from fastqat.train.ema import AveragedModel
 from fastqat.train.extras import import_extra
 from fastqat.train.optimization import Updates, schedule_factor, weight_optimizer
+from fastqat.train.recipe import make_config, parse_options, read_recipe, recipes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 

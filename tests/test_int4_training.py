@@ -18,10 +18,11 @@ import fastqat
 from fastqat import cli
 from fastqat.html_report import sections
 from fastqat.nn import GradientFakeQuant, GradientQSpec
-from fastqat.train.config import Config, make_config, read_recipe
+from fastqat.train.config import Config
 from fastqat.train.distributed import Processes
 from fastqat.train.quantization import prepare_as, quantizers
 from fastqat.train.quantizer_recorder import EVERY, QuantizerRecorder
+from fastqat.train.recipe import make_config, read_recipe
 from fastqat.train.run_folder import RunFolder
 from fastqat.train.trainer import Trainer
 

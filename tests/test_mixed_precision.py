@@ -16,11 +16,12 @@ import fastqat
 from fastqat import QSpec, cli
 from fastqat.models import build
 from fastqat.nn.calibrate import to_calibrate
-from fastqat.train.config import Config, make_config
+from fastqat.train.config import Config
 from fastqat.train.extras import import_extra
 from fastqat.train.interrupt import Interrupted
 from fastqat.train.layer_bits import LayerBits, parse
 from fastqat.train.quantization import prepare_as, quantizers
+from fastqat.train.recipe import make_config
 from fastqat.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")

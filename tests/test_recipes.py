@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fastqat import models
-from fastqat.train.config import Config, make_config, read_recipe, recipes
+from fastqat.train.config import Config
 from fastqat.train.extras import import_extra
+from fastqat.train.recipe import make_config, read_recipe, recipes
 from fastqat.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

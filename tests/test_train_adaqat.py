@@ -21,9 +21,10 @@ from fastqat.adaqat.probe import Probe
 from fastqat.html_report import write_report
 from fastqat.train import bit_width_search
 from fastqat.train.bit_width_search import adaqat
-from fastqat.train.config import Config, make_config
+from fastqat.train.config import Config
 from fastqat.train.ema import AveragedModel
 from fastqat.train.extras import import_extra
+from fastqat.train.recipe import make_config
 from fastqat.train.run import evaluate
 from fastqat.train.trainer import Trainer
 

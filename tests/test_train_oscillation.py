@@ -17,11 +17,12 @@ from torch import Tensor
 
 import fastqat
 from fastqat import cli
-from fastqat.train.config import Config, make_config
+from fastqat.train.config import Config
 from fastqat.train.ema import AveragedModel
 from fastqat.train.extras import import_extra
 from fastqat.train.optimization import Updates
 from fastqat.train.quantization import quantizers
+from fastqat.train.recipe import make_config
 from fastqat.train.run import evaluate
 from fastqat.train.trainer import Trainer
 

@@ -17,9 +17,10 @@ from test_distributed import free_port, in_two_processes
 
 from fastqat import cli
 from fastqat.html_report.write import write_report
-from fastqat.train.config import Config, make_config
+from fastqat.train.config import Config
 from fastqat.train.optimization import Updates, hold_rate, weight_optimizer
 from fastqat.train.quantization import quantizers
+from fastqat.train.recipe import make_config
 from fastqat.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from fastqat.train import bit_width_search, quantizer_recorder, transition_recorder
-from fastqat.train.config import Config, parse_options, read_text
+from fastqat.train.config import Config
+from fastqat.train.recipe import parse_options, read_text
 from fastqat.train.recorder import BINS, END, EPOCHS, FOLDER, MARGIN, START, STEPS, TRACES
 from fastqat.train.run_folder import CONFIG, Row
 

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from fastqat.train.checkpoint import Checkpoints
-from fastqat.train.config import OPTIONS, Config, parse_options, read_text
+from fastqat.train.config import OPTIONS, Config
 from fastqat.train.extras import import_extra
 from fastqat.train.files import write_file
+from fastqat.train.recipe import parse_options, read_text
 from fastqat.train.weights import to_safetensors
 
 CONFIG = "config.yaml"
