@@ -406,6 +406,48 @@ def range_search(
     return errors.view(scales.shape)
 
 
+def fake_quantize_two_widths(
+    x: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None = None,
+    *,
+    qmin: tuple[int, int],
+    qmax: tuple[int, int],
+    axis: int | None = None,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor]:
+    """Quantize-dequantize x on two grids from one read of it, such as those of neighbouring bit-widths; no gradient.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        scales: float32 [2, *scale], with the shape of a scale of x behind the two; positive.
+        zero_points: float32 like scales, or None.
+        qmin, qmax: lowest and highest codes of both.
+        axis, eps: as for :func:`fake_quantize`.
+
+    Returns:
+        Two tensors like x: what :func:`fake_quantize` gives on each grid.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted, and what came.
+    """
+    checks.float_tensor("x", x)
+    axis = checks.normalized_axis(x, axis)
+    _check_scale("scales", scales, x, (2, *checks.scale_shape(x, axis, None)))
+    _check_positive("scales", scales)
+    checks.parameter("zero_points", zero_points, x, tuple(scales.shape))
+    _check_number("eps", eps)
+    for name, codes in (("qmin", qmin), ("qmax", qmax)):
+        if not isinstance(codes, (tuple, list)) or len(codes) != 2:
+            checks.fail(ValueError, name, "the codes of two grids", repr(codes))
+    with torch.no_grad():
+        qranges = torch.stack([qrange_tensor(low, high, x.device) for low, high in zip(qmin, qmax, strict=True)])
+        first, second = torch.empty_like(x), torch.empty_like(x)
+        both = [None if p is None else p.contiguous() for p in (scales, zero_points)]
+        _ops.fake_quantize_two_widths(x, *both, None, qranges, axis, eps, first, second)
+    return first, second
+
+
 def philox_uniform(shape: torch.Size | tuple[int, ...], *, seed: int, step: Tensor, tensor_id: int = 0) -> Tensor:
     """Uniform numbers in [0, 1), multiples of 2^-24, of the counter-based generator Philox4x32-10.
 

@@ -225,3 +225,27 @@ def test_training_after_inference_and_after_fake_tensors(scope: Callable) -> Non
     x = X.clone().requires_grad_()
     functional.fake_quantize(x, torch.ones(1), qmin=codes[0], qmax=codes[1]).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1])
+def test_two_widths(axis: int | None) -> None:
+    """Both results are the law's, each on its own grid; every argument is checked by name."""
+    grid = grid_of(X, (axis, None))
+    scales = torch.stack([grid["scale"], grid["scale"] * 15 / 7])
+    zero_points = torch.stack([grid["zero_point"], grid["zero_point"] / 2])
+    codes = {"qmin": (0, 0), "qmax": (15, 7)}
+    made = functional.fake_quantize_two_widths(X, scales, zero_points, **codes, axis=axis)
+    for y, s, z, qmax in zip(made, scales.numpy(), zero_points.numpy(), codes["qmax"], strict=True):
+        s, z = s.reshape(-1, 1), np.rint(z.reshape(-1, 1))
+        code = np.clip(np.rint(in_rows(X, (axis, None)) / s) + z, 0, qmax)
+        np.testing.assert_array_equal(in_rows(y, (axis, None)), s * (code - z).astype(np.float32))
+    assert not torch.equal(*made)
+    for change, message in (
+        ({"scales": scales[0]}, "scales: wanted"),
+        ({"scales": -scales}, "scales: wanted"),
+        ({"qmax": 15}, "qmax: wanted the codes of two grids; got 15"),
+        ({"zero_points": zero_points[:1]}, "zero_points: wanted"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            arguments = {"scales": scales, "zero_points": zero_points, **codes, **change}
+            functional.fake_quantize_two_widths(X, **arguments, axis=axis)
