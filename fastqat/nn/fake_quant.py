@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -10,21 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastqat import multi_tensor
 from fastqat.autograd import CLIPS, activated
 from fastqat.dorefa import dorefa_fake_quantize
 from fastqat.nn.calls import NOTHING, Together
 from fastqat.nn.coded import Keep
 from fastqat.nn.items import quantize_alone
 from fastqat.nn.one_pass import quantize_in_one_pass, quantize_with_gradients
-from fastqat.nn.ranged import RangedQuantizer
+from fastqat.nn.sized import SizedQuantizer
 from fastqat.nn.spec import QSpec
 from fastqat.nn.tracking import Dampening, Oscillation, Tracker
 from fastqat.ops import checks
 from fastqat.ops.estimators import ESTIMATORS, kernel_strength
 
 
-class FakeQuant(RangedQuantizer):
+class FakeQuant(SizedQuantizer):
     """Quantize-dequantize with a range that is estimated from the data, learned, or given.
 
     ``y = FakeQuant(bits=4, axis=0)(x)`` has the shape and dtype of x. The first tensor that it sees sets the range. It
@@ -110,107 +108,6 @@ class FakeQuant(RangedQuantizer):
     def with_args(cls, **options: Any) -> _Factory:
         """A factory of quantizers with these options, for ``torch.ao.quantization.QConfig``."""
         return _Factory(cls, options)
-
-    # Codes
-
-    @property
-    def bits(self) -> int:
-        """Bit-width. Setting it changes the codes in place and keeps the scale; nothing is compiled anew.
-
-        The grid of DoReFa has no scale of its own: there it is :meth:`change_bits`.
-
-        What was tracked of oscillations says nothing of other codes: it is forgotten, with a warning.
-        """
-        return self._bits
-
-    @bits.setter
-    def bits(self, bits: int) -> None:
-        checks.bit_width(bits, lowest=self.fewest_bits)
-        if bits != self._bits and self.tracker is not None and self.tracker.has_tracked:
-            warnings.warn(
-                f"FakeQuant.bits: {self._bits} becomes {bits}; what was tracked of oscillations is reset, frozen "
-                "weights are free again",
-                stacklevel=2,
-            )
-        if self.normalize == "tanh":
-            self.change_bits(bits)
-        else:
-            self._set_bits(bits)
-
-    def change_bits(self, bits: int) -> None:
-        """Set the bit-width in place and keep the range, as far as the grid allows, see :meth:`grid_at`.
-
-        What was tracked of oscillations says nothing of other codes: it is forgotten.
-
-        Args:
-            bits: 1 to 8; from 2 on where the grid is restricted, or that of DoReFa or TRS.
-
-        Raises:
-            ValueError: another number.
-        """
-        checks.bit_width(bits, lowest=self.fewest_bits)
-        if bits != self._bits:
-            grid = self.grid_at(bits) if self.initialized else None
-            self._set_bits(bits)
-            if grid is not None:
-                self.write_grid(grid)
-
-    @property
-    def fewest_bits(self) -> int:
-        """The lowest bit-width that its grid may have."""
-        return 2 if self.restricted or self.normalize is not None else 1
-
-    def _set_bits(self, bits: int) -> None:
-        changed, self._bits = bits != self._bits, bits
-        self._write_codes()
-        if changed:
-            self._make_tracker()
-
-    def _make_tracker(self) -> None:
-        """A tracker without a past, or none, as options and bits say."""
-        options = self.oscillation
-        if options is None or self._bits > options.max_bits:
-            self.tracker = None
-        elif self.tracker is None:
-            self.tracker = Tracker(options, self._bits, self.qrange.device)
-        else:  # it knows the shape of the weight, which a compiled forward does not ask for
-            self.tracker.reset(self._bits)
-
-    def restore_codes(self) -> None:
-        """Take the bit-width and the sign from the loaded qrange; ValueError where it is of another kind of grid."""
-        qmin, qmax = self.qrange.tolist()
-        if self._sign_from_data:
-            self.signed = qmin < 0
-        before = self._bits
-        self._bits = (qmax - qmin + 1).bit_length() - (not self.restricted)
-        if self._bits != before:
-            self._make_tracker()
-        if self.tracker is not None:
-            self.tracker.lowest = qmin
-        if self.codes != (qmin, qmax):
-            wanted = f"codes of signed={self.signed}, restricted={self.restricted}"
-            checks.fail(ValueError, "qrange", wanted, f"{qmin} to {qmax}")
-        if self._bits < self.fewest_bits:
-            checks.fail(ValueError, "qrange", f"at least {self.fewest_bits} bits", f"{qmin} to {qmax}")
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: dict[str, Any],
-        strict: bool,
-        missing: list[str],
-        *others: Any,
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
-        if self.tracker is None or any(key.startswith(prefix + "tracker.") for key in state_dict):
-            return
-        if prefix + "eps" in state_dict and prefix + "scale" not in state_dict:  # it is kept under another name
-            missing += [f"{prefix}tracker.{name}" for name in multi_tensor.STATE]
-        else:  # of a network that was not tracked: tracking begins anew
-            self.tracker.reset(self._bits)
-
-    # Use
 
     def is_idle(self) -> bool:
         """True if a forward would pass its tensor through and look at nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,6 @@ from fastqat import functional, ranges
 from fastqat.nn.following import FollowingRange
 from fastqat.nn.spec import code_range
 from fastqat.ops import checks
-
-
-class GridValues(NamedTuple):
-    """Tensors that say what the grid of a quantizer is, of the shapes that they have there."""
-
-    qrange: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    offset: Tensor | None
-
-
-def _copied(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.detach().clone()
 
 
 class RangedQuantizer(FollowingRange):
@@ -70,49 +57,6 @@ class RangedQuantizer(FollowingRange):
     def _levels_at(self, bits: int) -> tuple[int, int]:
         signed = (self.symmetric or self.restricted) if self.signed is None else self.signed
         return code_range(bits, signed, self.restricted)
-
-    def scale_ratio(self, bits: int) -> float:
-        """What keeps the range at another bit-width when the scale is multiplied by it, see :meth:`grid_at`."""
-        (qmin, qmax), (low, high) = self.codes, self.codes_at(bits)
-        return (qmax + 1) / (high + 1) if self.normalize == "range" else (qmax - qmin) / (high - low)
-
-    @torch.no_grad()
-    def grid_at(self, bits: int) -> GridValues:
-        """The grid of another bit-width with the same range.
-
-        A range that follows the data stays as it is. Else scale * (qmax - qmin) stays, and the lowest value where there
-        is a zero point or an offset; of results in units of scale * (qmax + 1), that.
-
-        Args:
-            bits: 1 to 8.
-
-        Returns:
-            new tensors; those of the present grid where it is its own bit-width.
-        """
-        (qmin, qmax), (low, high) = self.codes, self.codes_at(bits)
-        grid = GridValues(
-            self.qrange.clone(), self.scale.detach().clone(), *map(_copied, (self.zero_point, self.offset))
-        )
-        if (qmin, qmax) == (low, high):
-            return grid
-        grid.qrange.copy_(torch.tensor((low, high), dtype=torch.int32, device=self.qrange.device))
-        if self.range_low is not None:
-            scale, zero_point = ranges.grid_from_range(self.range_low, self.range_high, low, high, self.symmetric)
-            return GridValues(grid.qrange, scale, None if grid.zero_point is None else zero_point, grid.offset)
-        ratio = self.scale_ratio(bits)
-        grid.scale.mul_(ratio)
-        if grid.zero_point is not None:
-            grid.zero_point.sub_(qmin).div_(ratio).add_(low)
-        if grid.offset is not None:
-            grid.offset.add_(self.scale * qmin - grid.scale * low)
-        return grid
-
-    @torch.no_grad()
-    def write_grid(self, grid: GridValues) -> None:
-        """Write the values of a grid, in place; the bit-width that :attr:`bits` says stays."""
-        for name, values in grid._asdict().items():
-            if values is not None:
-                getattr(self, name).copy_(values)
 
     @property
     def is_on_offset_grid(self) -> bool:
