@@ -163,6 +163,7 @@ class Tracker(nn.Module):
         # Of its own: a number of another object would be a symbol in a graph of dynamic shapes, which no op takes.
         self.momentum = options.momentum
         self.lowest = 0  # qmin: the words hold codes as their distance from it
+        self.resets = 0  # times that it has begun anew
         for name in STATE:
             self.register_buffer(name, None)
 
@@ -209,6 +210,7 @@ class Tracker(nn.Module):
         The memory stays where it is, unless the words become wider or narrower.
         """
         self._bits = bits
+        self.resets += 1
         if self.words is None:
             return
         if self.words.dtype != words.dtype_of(bits):

@@ -82,7 +82,7 @@ class _Trace:
     def __init__(self, weight: QuantizedWeight, length: int) -> None:
         self.weight, self.recorded = weight, 0
         tracker: Any = weight.quantizer.tracker
-        self._seen = tracker.words
+        self._seen = tracker, tracker.resets
         frequency = torch.where(tracker.frozen(), -1.0, tracker.frequency())
         chosen = frequency.flatten().topk(min(FOLLOWED, frequency.numel())).indices
         self.index, self.place = chosen, torch.unravel_index(chosen, frequency.shape)
@@ -99,7 +99,7 @@ class _Trace:
     def is_current(self) -> bool:
         """False once the tracker has begun anew, as it does with another bit-width."""
         tracker: Any = self.weight.quantizer.tracker
-        return tracker.words is self._seen
+        return (tracker, tracker.resets) == self._seen
 
     def record(self) -> None:
         """Copy the latent weights, and what the tracker has of them."""
