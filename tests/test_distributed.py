@@ -64,29 +64,37 @@ def free_port() -> str:
         return str(sock.getsockname()[1])
 
 
-def _train_all(kinds: dict[str, str]) -> None:
-    """Train each kind, and keep the weights and the state of the quantizers of this rank."""
+def train_all(runs: dict[str, str]) -> None:
+    """Make each run into the folder of its name, and keep the weights and the state of the quantizers of this rank."""
     sys.path.insert(0, str(HERE))
-    for kind, options in kinds.items():
-        parsed = vars(cli._parser().parse_args(["train", *OPTIONS.split(), *options.split(), "--out", f"two {kind}"]))
+    for name, options in runs.items():
+        parsed = vars(cli._parser().parse_args(["train", *options.split(), "--out", name]))
         del parsed["command"]
         trainer = Trainer(cli.make_config(parsed))
         trainer.run()
-        torch.save(trainer.model.state_dict(), f"{kind} {trainer.processes.rank}.pt")
+        torch.save(trainer.model.state_dict(), f"{name} {trainer.processes.rank}.pt")
     trainer.close()
+
+
+def state_of_both(name: str) -> dict[str, Any]:
+    """What both ranks have after a run of :func:`train_all`, which is equal to the bit."""
+    ranks = [torch.load(f"{name} {rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys() and all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    return ranks[0]
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Metrics and weights are those of one process, and state is equal to the bit on both ranks."""
-    in_two_processes(_train_all, KINDS, port=free_port())
+    in_two_processes(
+        train_all, {f"two {kind}": f"{OPTIONS} {options}" for kind, options in KINDS.items()}, port=free_port()
+    )
     load = import_extra("safetensors.torch").load_file
     for kind, options in KINDS.items():
         assert cli.main(["train", *OPTIONS.split(), *options.split(), "--out", f"one {kind}"]) == 0
         for one, two in zip(rows(f"one {kind}"), rows(f"two {kind}"), strict=True):
             assert one.pop("phase") == two.pop("phase")
             assert one == pytest.approx(two, rel=1e-5, abs=0.003), "one of 500 test images may tip over"
-        ranks = [torch.load(f"{kind} {rank}.pt", weights_only=True) for rank in (0, 1)]
-        assert ranks[0].keys() == ranks[1].keys() and all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+        assert state_of_both(f"two {kind}")
         one, two = (load(f"{count} {kind}/model.safetensors") for count in ("one", "two"))
         steps = [key for key in one if key.endswith("fake_quant.step")]
         assert steps and all(one[key].item() == 4 for key in steps), "an optimizer step each, whatever the pieces"

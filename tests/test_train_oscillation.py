@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from small_runs import TIMES
-from test_distributed import free_port, in_two_processes
+from test_distributed import free_port, in_two_processes, state_of_both, train_all
 from torch import Tensor
 
 import fastqat
@@ -22,7 +21,6 @@ from fastqat.train.ema import AveragedModel
 from fastqat.train.extras import import_extra
 from fastqat.train.optimization import Updates
 from fastqat.train.quantization import quantizers
-from fastqat.train.recipe import make_config
 from fastqat.train.run import evaluate
 from fastqat.train.trainer import Trainer
 
@@ -275,24 +273,11 @@ OF_TWO += " --track-oscillations --oscillation-momentum 0.05 --freeze-threshold 
 OF_TWO += " --reestimate-bn always --bn-batches 4 --bin-regularization 0.001"
 
 
-def _of_two() -> None:
-    """Train in one of two processes, and keep the state of its quantizers."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    parsed = vars(cli._parser().parse_args(["train", *OF_TWO.split(), "--out", "two"]))
-    del parsed["command"]
-    trainer = Trainer(make_config(parsed))
-    trainer.run()
-    torch.save(trainer.model.state_dict(), f"{trainer.processes.rank}.pt")
-    trainer.close()
-
-
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 def test_two_processes_track_as_one() -> None:
     """State of tracking is equal to the bit on both; rows are those of one process but for what rounding tips over."""
-    in_two_processes(_of_two, port=free_port())
-    ranks = [torch.load(f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert any("tracker" in key for key in ranks[0]) and ranks[0].keys() == ranks[1].keys()
-    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    in_two_processes(train_all, {"two": OF_TWO}, port=free_port())
+    assert any("tracker" in key for key in state_of_both("two"))
     assert cli.main(["train", *OF_TWO.split(), "--out", "one"]) == 0
     for one, two in zip(rows("one"), rows("two"), strict=True):
         phase = one.pop("phase")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from small_runs import TINY, results, stop_at_step
-from test_distributed import free_port, in_two_processes
+from test_distributed import free_port, in_two_processes, state_of_both, train_all
 
 from fastqat import cli
 from fastqat.html_report.write import write_report
@@ -21,11 +20,9 @@ from fastqat.train.config import Config
 from fastqat.train.optimization import Updates, hold_rate, weight_optimizer
 from fastqat.train.quantization import quantizers
 from fastqat.train.recipe import make_config
-from fastqat.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 TRS = "--quantizer trs --transition-rate 0.02 --transition-momentum 0.8 --first-last-bits 0 --bits-weight 2"
-HERE = Path(__file__).resolve().parent
 OF_TWO = f"{TINY} {TRS} --fp32-epochs 1 --epochs 2"
 
 
@@ -87,23 +84,11 @@ def test_a_resumed_run_is_the_undisturbed_one(monkeypatch: pytest.MonkeyPatch) -
         assert row["target"] == pytest.approx([wanted] * len(row["layers"]), rel=1e-5)
 
 
-def _train_two() -> None:
-    sys.path.insert(0, str(HERE))
-    parsed = vars(cli._parser().parse_args(["train", *OF_TWO.split(), "--out", "two"]))
-    del parsed["command"]
-    trainer = Trainer(make_config(parsed))
-    trainer.run()
-    torch.save(trainer.model.state_dict(), f"{trainer.processes.rank}.pt")
-    trainer.close()
-
-
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 def test_two_processes_scale_alike() -> None:
     """Nothing is sent, and the weights are those of the other process, to the bit."""
-    in_two_processes(_train_two, port=free_port())
-    ranks = [torch.load(f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert ranks[0].keys() == ranks[1].keys()
-    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    in_two_processes(train_all, {"two": OF_TWO}, port=free_port())
+    assert state_of_both("two")
     last = json.loads(Path("two", "transitions", "steps.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 4 and max(last["rate"]) > 0
 

@@ -17,7 +17,7 @@ from fastqat.nn.items import quantize_alone
 from fastqat.nn.one_pass import quantize_in_one_pass, quantize_with_gradients
 from fastqat.nn.sized import SizedQuantizer
 from fastqat.nn.spec import QSpec
-from fastqat.nn.tracking import Dampening, Oscillation, Tracker
+from fastqat.nn.tracking import Dampening
 from fastqat.ops import checks
 from fastqat.ops.estimators import ESTIMATORS, kernel_strength
 
@@ -59,9 +59,7 @@ class FakeQuant(SizedQuantizer):
     estimator_strength: Any  # Tensor or None
     activation: str | None
     seed: int
-    oscillation: Oscillation | None
     dampening: Dampening | None
-    tracker: Tracker | None
 
     @torch.inference_mode(False)  # what inference makes, training could not change
     def __init__(
