@@ -1,15 +1,19 @@
 // range_search: squared errors of many candidate grids from one read of x.
 #include "../range_search.h"
 
+#include <cmath>
+
+#include "borders.h"
 #include "elements.h"
 #include "ops.h"
 
 namespace fastqat::cpu {
 namespace {
 
-constexpr int64_t kTile = 2048;       // elements that stay in the first-level cache while all candidates pass over them
-constexpr int64_t kPieceTiles = 4;    // tiles of one piece of work; partial errors are kept per piece
-constexpr int kCandidatesAtOnce = 4;  // independent sums hide the latency of the additions
+constexpr int64_t kTile = 2048;     // elements that stay in the first-level cache while all candidates pass over them
+constexpr int64_t kPieceTiles = 4;  // tiles of one piece of work; partial errors are kept per piece
+constexpr int64_t kBinnedPiece = 65536;  // elements of one where they are brought into bins
+constexpr int kCandidatesAtOnce = 4;     // independent sums hide the latency of the additions
 
 FASTQAT_CLONES void loop(const float* x, int64_t n, const Candidate* c, double* errors) {
   float e0 = 0, e1 = 0, e2 = 0, e3 = 0;
@@ -26,17 +30,89 @@ FASTQAT_CLONES void loop(const float* x, int64_t n, const Candidate* c, double* 
   errors[3] += e3;
 }
 
-// Copies elements [first, first + n) of channel c, in memory order, to tile; returns how many are finite, and stay.
-int64_t gather(const Input& in, const Layout& layout, int64_t c, int64_t first, int64_t n, float* tile) {
-  float buffer[kBlock];
-  for (int64_t done = 0; done < n;) {
-    int64_t o = (first + done) / layout.inner, i = (first + done) % layout.inner;
-    int64_t run = std::min({n - done, layout.inner - i, kBlock});
-    const float* from = in.block((o * layout.channels + c) * layout.inner + i, run, buffer);
-    std::memcpy(tile + done, from, run * sizeof(float));
-    done += run;
+FASTQAT_CLONES bool all_finite(const float* x, int64_t n) {
+  constexpr uint32_t kExponent = 0x7f800000u;
+  uint32_t found = 0;
+  for (int64_t i = 0; i < n; ++i) found |= (as_bits(x[i]) & kExponent) == kExponent ? 1u : 0u;
+  return !found;
+}
+
+// Elements [first, last) of one channel, in memory order.
+struct Part {
+  const Input& in;
+  const Layout& layout;
+  int64_t channel, first, last;
+
+  // f(x, n) for the finite elements, kTile of them at a time. tile: [kTile]
+  template <class F>
+  void tiles(float* tile, const F& f) const {
+    for (int64_t i = first; i < last; i += kTile) {
+      int64_t n = std::min(kTile, last - i);
+      const float* x = gather(i, n, tile);
+      if (!all_finite(x, n)) {
+        n = std::remove_copy_if(x, x + n, tile, [](float v) { return !std::isfinite(v); }) - tile;
+        x = tile;
+      }
+      f(x, n);
+    }
   }
-  return std::remove_if(tile, tile + n, [](float v) { return !(__builtin_fabsf(v) < __builtin_inff()); }) - tile;
+
+ private:
+  // n elements from the i-th on: in place where they lie together as float32, else in tile.
+  const float* gather(int64_t i, int64_t n, float* tile) const {
+    float buffer[kBlock];
+    for (int64_t done = 0; done < n;) {
+      int64_t o = (i + done) / layout.inner, at = (i + done) % layout.inner;
+      int64_t run = std::min({n - done, layout.inner - at, in.dtype == ScalarType::Float ? kTile : kBlock});
+      const float* from = in.block((o * layout.channels + channel) * layout.inner + at, run, buffer);
+      if (run == n && from != buffer) return from;
+      std::memcpy(tile + done, from, run * sizeof(float));
+      done += run;
+    }
+    return tile;
+  }
+};
+
+// Evaluates every candidate for every element. errors: [candidates]
+void add_directly(const Part& part, const std::vector<Channel>& candidates, float* tile, double* errors) {
+  const size_t padded = (candidates.size() + kCandidatesAtOnce - 1) / kCandidatesAtOnce * kCandidatesAtOnce;
+  std::vector<Candidate> constants(padded, Candidate{1.0f, 1.0f, kMagic, kMagic});
+  std::transform(candidates.begin(), candidates.end(), constants.begin(), make_candidate);
+  std::vector<double> sums(padded, 0.0);
+  part.tiles(tile, [&](const float* x, int64_t n) {
+    for (size_t k = 0; k < padded; k += kCandidatesAtOnce) loop(x, n, &constants[k], &sums[k]);
+  });
+  std::copy_n(sums.begin(), candidates.size(), errors);
+}
+
+// Brings every element into a bin; see borders.h.
+void add_by_borders(const Part& part, const Borders& borders, const std::vector<Channel>& candidates, float* tile,
+                    double* errors) {
+  std::vector<Borders::Bin> bins(borders.size());
+  double squares = 0.0;
+  const float unit = borders.unit(candidates);
+  part.tiles(tile, [&](const float* x, int64_t n) { borders.add(x, n, unit, bins.data(), squares); });
+  borders.squared_errors(candidates, bins.data(), squares, errors);
+
+  std::vector<Channel> unclear;
+  std::vector<size_t> which;
+  for (size_t k = 0; k < candidates.size(); ++k)
+    if (std::isnan(errors[k])) unclear.push_back(candidates[k]), which.push_back(k);
+  if (unclear.empty()) return;
+  std::vector<double> found(unclear.size());
+  add_directly(part, unclear, tile, found.data());
+  for (size_t i = 0; i < which.size(); ++i) errors[which[i]] = found[i];
+}
+
+// The borders of these candidates, where sharing them among all channels saves time.
+std::optional<Borders> worthwhile_borders(const std::vector<Channel>& candidates, int64_t channels, int64_t length) {
+  const double pieces = std::ceil(static_cast<double>(length) / kBinnedPiece) * static_cast<double>(channels);
+  const double directly = static_cast<double>(channels * length) * static_cast<double>(candidates.size());
+  const double sorting = Borders::sorting_cost(candidates);
+  if (sorting >= directly) return {};
+  Borders borders(candidates);
+  const double cost = sorting + pieces * borders.cost(std::min(length, kBinnedPiece));
+  return borders.usable() && cost < directly ? std::optional(std::move(borders)) : std::nullopt;
 }
 
 }  // namespace
@@ -47,33 +123,40 @@ void range_search_out(Tensor x, Tensor scales, OptionalTensor zero_points, Tenso
   Input in(x);
   Layout layout = layout_of(x, axis);
   Grid grid(scales, zero_points, {}, qrange, 0.0);
-  const int64_t channels = layout.channels, count = scales.size(0);
-  const int64_t padded = (count + kCandidatesAtOnce - 1) / kCandidatesAtOnce * kCandidatesAtOnce;
-  const int64_t length = layout.outer * layout.inner, piece_size = kTile * kPieceTiles;
-  const int64_t per_channel = channels ? (length + piece_size - 1) / piece_size : 0;
-  std::vector<double> partial(channels * per_channel * padded, 0.0);
+  const int64_t channels = layout.channels, count = scales.size(0), length = layout.outer * layout.inner;
+  if (!channels || !count) return;
+  auto candidates_of = [&](int64_t c) {
+    std::vector<Channel> candidates(count);
+    for (int64_t k = 0; k < count; ++k) candidates[k] = grid.channel(k * channels + c);
+    return candidates;
+  };
+  std::optional<Borders> borders;
+  if (const auto first = candidates_of(0); proportional(first, candidates_of(channels - 1)))  // so are most, most often
+    borders = worthwhile_borders(first, channels, length);
+  const int64_t piece_size = borders ? kBinnedPiece : kTile * kPieceTiles,
+                per_channel = (length + piece_size - 1) / piece_size;
+  std::vector<double> partial(channels * per_channel * count, 0.0);
 
   torch::stable::parallel_for(0, channels * per_channel, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Candidate> candidates(padded, Candidate{1.0f, 1.0f, kMagic, kMagic});
     std::vector<float> tile(kTile);
     for (int64_t p = begin; p < end; ++p) {
-      int64_t c = p / per_channel, start = p % per_channel * piece_size;
-      for (int64_t k = 0; k < count; ++k) candidates[k] = make_candidate(grid.channel(k * channels + c));
-      for (int64_t i = start; i < std::min(start + piece_size, length); i += kTile) {
-        int64_t n = gather(in, layout, c, i, std::min(kTile, length - i), tile.data());
-        for (int64_t k = 0; k < padded; k += kCandidatesAtOnce)
-          loop(tile.data(), n, candidates.data() + k, partial.data() + p * padded + k);
-      }
+      const int64_t c = p / per_channel, start = p % per_channel * piece_size;
+      const Part part{in, layout, c, start, std::min(start + piece_size, length)};
+      const std::vector<Channel> candidates = candidates_of(c);
+      double* sums = partial.data() + p * count;
+      if (borders && borders->serve(candidates))
+        add_by_borders(part, *borders, candidates, tile.data(), sums);
+      else
+        add_directly(part, candidates, tile.data(), sums);
     }
   });
 
+  std::vector<double> totals(channels * count, 0.0);
+  for (int64_t p = 0; p < channels * per_channel; ++p)
+    for (int64_t k = 0; k < count; ++k) totals[p / per_channel * count + k] += partial[p * count + k];
   float* out = errors.mutable_data_ptr<float>();
   for (int64_t k = 0; k < count; ++k)
-    for (int64_t c = 0; c < channels; ++c) {
-      double total = 0;
-      for (int64_t p = c * per_channel; p < (c + 1) * per_channel; ++p) total += partial[p * padded + k];
-      out[k * channels + c] = static_cast<float>(total);
-    }
+    for (int64_t c = 0; c < channels; ++c) out[k * channels + c] = static_cast<float>(totals[c * count + k]);
 }
 
 }  // namespace fastqat::cpu
