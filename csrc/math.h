@@ -131,9 +131,11 @@ enum class Path {
 
 // What one element adds to the gradients, for an incoming gradient g.
 struct Gradient {
-  float dx;       // g inside the straight-through mask, else 0
-  float scale;    // term of ds, times grad_scale_divisor()
-  float outside;  // g outside the mask, else 0: the term of do, and of dz / -scale
+  float dx;        // g inside the straight-through mask, else 0
+  float g, slope;  // whose product is the term of ds, times grad_scale_divisor()
+  float outside;   // g outside the mask, else 0: the term of do, and of dz / -scale
+
+  FASTQAT_INLINE float scale() const { return g * slope; }
 };
 
 FASTQAT_INLINE double grad_scale_divisor(const Channel& ch) {
@@ -196,9 +198,9 @@ FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& 
     dx = dx + (in_range ? pull : 0.0f);
   }
   float outside = inside ? 0.0f : g;
-  if (kPath == Path::fast) return {dx, g * slope, outside};
+  if (kPath == Path::fast) return {dx, g, slope, outside};
   bool number = x == x;
-  return {dx, number ? g * slope : 0.0f, number ? outside : 0.0f};
+  return {dx, number ? g : 0.0f, number ? slope : 0.0f, number ? outside : 0.0f};
 }
 
 // Four 32-bit numbers: a counter, and what becomes of it.

@@ -106,6 +106,15 @@ def test_few_and_many_levels(backend: str, bits: int) -> None:
     check_shared(backend, random((600_000,), 1), (scales, zeros, qrange), None)
 
 
+@pytest.mark.parametrize("backend", ("cpu", "cuda"), indirect=True)
+def test_levels_all_but_hit(backend: str) -> None:
+    """A candidate, the first, whose error is 1e-14 of the sum of squares: nothing of a difference would be left."""
+    scales = 2.0**-3 * torch.cat([torch.ones(1), 0.3 + random((59,), 4).abs()])[:, None]
+    x = (random((40_000,), 1) * 3).round().clamp(-8, 7) * 2.0**-3
+    x += torch.where(x != 0, 2.0**-25, 0) * random((40_000,), 2)
+    check_shared(backend, x, (scales, None, torch.tensor([-8, 7], dtype=torch.int32)), None)
+
+
 def test_errors_to_the_last_digit() -> None:
     """float64 throughout: at 4 bits the errors are those of float64, rounded."""
     x, (scales, _, qrange) = random((9, 4_608), 1), shared_candidates(9, 4, False, "even")

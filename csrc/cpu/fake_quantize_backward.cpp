@@ -11,7 +11,7 @@ FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, float* const
   reduce_span<Sum, kTerms, Channels::kRow>(n, sums, [&](int64_t i) __attribute__((always_inline)) {
     Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded>(g[i], x[i], channels[i]);
     dx[i] = d.dx;
-    return std::array<float, 2>{d.scale, d.outside};
+    return terms_of(d);
   });
 }
 

@@ -19,6 +19,11 @@ template <class Channels>
 using BackwardLoop = void (*)(const float* g, const float* x, float* dx, float* const* sums, int64_t n,
                               Channels channels);
 
+// What one element adds to the two sums, for reduce_span.
+inline __attribute__((always_inline)) std::array<Product, 2> terms_of(const Gradient& d) {
+  return {Product{d.g, d.slope}, Product{d.outside, 1.0f}};
+}
+
 template <int kTerms, class Channels>
 BackwardLoop<Channels> backward_loop(Path path, bool offset_grid, bool rounded_mask);
 

@@ -22,7 +22,7 @@ FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, float* const
                   kKind == Kind::stochastic ? prepared.drawn[i] : 0.0f};
     Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded, kKind>(g[i], x[i], channels[i], extras);
     dx[i] = d.dx;
-    return std::array<float, 2>{d.scale, d.outside};
+    return terms_of(d);
   });
 }
 

@@ -13,8 +13,17 @@ namespace fastqat::cpu {
 
 constexpr int kLanes = 16;
 
+// A term that is added without being rounded first: one instruction, where a product and a sum are two.
+struct Product {
+  float a, b;
+  inline __attribute__((always_inline)) operator float() const { return a * b; }
+};
+
 struct Sum {
   static constexpr float kIdentity = 0.0f;
+  static inline __attribute__((always_inline)) float merge(float sum, Product term) {
+    return __builtin_fmaf(term.a, term.b, sum);
+  }
   template <class T>
   static inline __attribute__((always_inline)) T merge(T a, T b) {
     return a + b;

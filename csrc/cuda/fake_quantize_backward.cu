@@ -78,7 +78,7 @@ struct Gradients {
           fast ? fastqat::fake_quantize_backward<Path::careful, true, kRounded, kKind>(gradient, v, ch, extras)
                : fastqat::fake_quantize_backward<Path::divide, true, kRounded, kKind>(gradient, v, ch, extras);
       results.v[k] = !clips || passes_clip(raw, entry.clip) ? d.dx : 0.0f;
-      scale += d.scale;
+      scale += d.scale();
       outside += d.outside;
     }
     dx.template store<n>(i, results);
