@@ -34,7 +34,7 @@ enum class Sums {
 
 // t: tanh(x); y: [widths][n]; sums: of each width those of r and of r^2, by lanes; exact in a block for up to 8 bits.
 template <int kWidths, Sums kSums>
-FASTQAT_CLONES void levels_loop(const float* t, float* const* y, float* const* sums, int64_t n, Levels levels) {
+FASTQAT_CLONES void levels_loop(const float* t, float* const* y, double* const* sums, int64_t n, Levels levels) {
   constexpr int kTerms = kSums == Sums::none ? 0 : 2 * kWidths;
   float *first = y[0], *second = y[kWidths - 1];
   reduce_span<Sum, kTerms, true>(n, sums, [&](int64_t i) __attribute__((always_inline)) {
@@ -67,7 +67,7 @@ struct Forward {
   const std::vector<Width>& widths;
 
   template <Sums kSums>
-  void block(int64_t offset, int64_t n, float* const* sums) const {
+  void block(int64_t offset, int64_t n, double* const* sums) const {
     float buffer_x[kBlock], t[kBlock], buffers_y[kWidths][kBlock];
     float* y[kWidths];
     for (int k = 0; k < kWidths; ++k) y[k] = widths[k].out.block(offset, buffers_y[k]);
@@ -86,7 +86,7 @@ struct Forward {
   // sums: [2, 2]
   void run(int64_t numel, int64_t* sums) const {
     const auto totals = reduce_channels<Sum, 2 * kWidths>(
-        {1, 1, numel}, Grid::none(), [&](int64_t offset, int64_t n, auto, bool careful, float* const* reduced) {
+        {1, 1, numel}, Grid::none(), [&](int64_t offset, int64_t n, auto, bool careful, double* const* reduced) {
           careful ? block<Sums::careful>(offset, n, reduced) : block<Sums::quick>(offset, n, reduced);
         });
     for (int k = 0; k < 2 * kWidths; ++k) sums[2 * widths[k / 2].row + k % 2] = static_cast<int64_t>(totals[0][k]);

@@ -7,7 +7,7 @@ namespace {
 
 // kTerms: 0 for dx alone, 1 with the sum of ds, 2 with that of the shift. dx: [n]; sums: see reduce_span
 template <int kTerms, bool kRounded, Path kPath, bool kOffset, class Channels>
-FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, float* const* sums, int64_t n, Channels channels) {
+FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, double* const* sums, int64_t n, Channels channels) {
   reduce_span<Sum, kTerms, Channels::kRow>(n, sums, [&](int64_t i) __attribute__((always_inline)) {
     Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded>(g[i], x[i], channels[i]);
     dx[i] = d.dx;
@@ -55,8 +55,14 @@ struct Backward {
   bool offset_grid, rounded_mask;
   float clip = 0.0f;
 
+  // More than a buffer holds where none is needed.
+  int64_t longest_span() const {
+    bool in_place = g.dtype == ScalarType::Float && x.dtype == ScalarType::Float && dx.dtype == ScalarType::Float;
+    return in_place && clip == 0.0f ? kChunk : kBlock;
+  }
+
   template <int kTerms, class Channels>
-  void span(int64_t offset, int64_t n, const Channels& channels, bool careful, float* const* sums) const {
+  void span(int64_t offset, int64_t n, const Channels& channels, bool careful, double* const* sums) const {
     float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock], clipped_x[kBlock];
     const float* from_g = g.block(offset, n, buffer_g);
     const float* original = x.block(offset, n, buffer_x);
@@ -74,10 +80,12 @@ struct Backward {
 
   template <int kTerms>
   std::vector<std::array<double, kTerms>> sums(const Layout& layout, const Grid& grid) const {
-    return reduce_channels<Sum, kTerms>(layout, grid,
-                                        [&](int64_t offset, int64_t n, auto channels, bool careful, auto reduced) {
-                                          span<kTerms>(offset, n, channels, careful, reduced);
-                                        });
+    return reduce_channels<Sum, kTerms>(
+        layout, grid,
+        [&](int64_t offset, int64_t n, auto channels, bool careful, auto reduced) {
+          span<kTerms>(offset, n, channels, careful, reduced);
+        },
+        longest_span());
   }
 };
 
@@ -99,7 +107,7 @@ void run_input(const Tensor& g, const Tensor& x, const Grid& grid, std::optional
   Backward backward{Input(g), Input(x), Output(dx), grid.offset_grid(), rounded_mask};
   Cut cut(layout_of(x, axis));
   parallel(cut, [&](int64_t p) {
-    spans_of_piece(cut, grid, p, kBlock, [&](int64_t offset, int64_t n, auto channels) {
+    spans_of_piece(cut, grid, p, backward.longest_span(), [&](int64_t offset, int64_t n, auto channels) {
       backward.span<0>(offset, n, channels, false, nullptr);
     });
   });

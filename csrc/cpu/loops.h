@@ -16,7 +16,7 @@ ForwardLoop<Channels> forward_loop(const Channels& channels, bool offset_grid);
 
 // dx, and the sums of ds and of the shift by reduce_span. g, x, dx: [n]
 template <class Channels>
-using BackwardLoop = void (*)(const float* g, const float* x, float* dx, float* const* sums, int64_t n,
+using BackwardLoop = void (*)(const float* g, const float* x, float* dx, double* const* sums, int64_t n,
                               Channels channels);
 
 // What one element adds to the two sums, for reduce_span.

@@ -9,7 +9,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Both extremes as maxima: of -x and of x.
 template <class Channels>
-FASTQAT_CLONES void loop(const float* x, float* const* maxima, int64_t n) {
+FASTQAT_CLONES void loop(const float* x, double* const* maxima, int64_t n) {
   reduce_span<Max, 2, Channels::kRow>(n, maxima, [&](int64_t i) __attribute__((always_inline)) {
     bool finite = __builtin_fabsf(x[i]) < kInfinity;
     return std::array<float, 2>{finite ? -x[i] : -kInfinity, finite ? x[i] : -kInfinity};

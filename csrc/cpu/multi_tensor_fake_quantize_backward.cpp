@@ -15,7 +15,7 @@ struct Prepared {
 };
 
 template <int kTerms, bool kRounded, Path kPath, bool kOffset, Kind kKind, class Channels>
-FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, float* const* sums, int64_t n, Channels channels,
+FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, double* const* sums, int64_t n, Channels channels,
                          Prepared prepared) {
   reduce_span<Sum, kTerms, Channels::kRow>(n, sums, [&](int64_t i) __attribute__((always_inline)) {
     Extras extras{prepared.held[i], prepared.factor[i], prepared.within, prepared.dampening,

@@ -38,10 +38,10 @@ struct Max {
   }
 };
 
-// Reduces the first kTerms of the array terms_of(i), for n elements, to reduced[q]: of a row one float32 per lane, each
+// Reduces the first kTerms of the array terms_of(i), for n elements, to reduced[q]: of a row one number per lane, each
 // of a kLanes-th of the elements; of columns, the term of each. For use in a kernel loop: terms_of may store results.
-template <class Op, int kTerms, bool kRow, class TermsOf>
-inline __attribute__((always_inline)) void reduce_span(int64_t n, float* const* reduced, const TermsOf& terms_of) {
+template <class Op, int kTerms, bool kRow, class Number, class TermsOf>
+inline __attribute__((always_inline)) void reduce_span(int64_t n, Number* const* reduced, const TermsOf& terms_of) {
   if (!kRow) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
@@ -50,21 +50,28 @@ inline __attribute__((always_inline)) void reduce_span(int64_t n, float* const* 
     }
     return;
   }
-  float lanes[std::max(kTerms, 1)][kLanes];
-  for (int q = 0; q < kTerms; ++q) std::fill_n(lanes[q], kLanes, Op::kIdentity);
-  auto merge = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
-    auto terms = terms_of(i);
-    for (int q = 0; q < kTerms; ++q) lanes[q][lane] = Op::merge(lanes[q][lane], terms[q]);
-  };
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes)
+  Number blocks[std::max(kTerms, 1)][kLanes];
+  for (int q = 0; q < kTerms; ++q) std::fill_n(blocks[q], kLanes, static_cast<Number>(Op::kIdentity));
+  for (int64_t start = 0; start < n; start += kBlock) {
+    float lanes[std::max(kTerms, 1)][kLanes];
+    for (int q = 0; q < kTerms; ++q) std::fill_n(lanes[q], kLanes, Op::kIdentity);
+    auto merge = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
+      auto terms = terms_of(i);
+      for (int q = 0; q < kTerms; ++q) lanes[q][lane] = Op::merge(lanes[q][lane], terms[q]);
+    };
+    const int64_t stop = std::min(start + kBlock, n), whole = stop - (stop - start) % kLanes;
+    for (int64_t i = start; i < whole; i += kLanes)
 #pragma GCC ivdep
-    for (int64_t lane = 0; lane < kLanes; ++lane) merge(i + lane, lane);
-  for (int64_t i = whole; i < n; ++i) merge(i, i - whole);
-  for (int q = 0; q < kTerms; ++q) std::copy_n(lanes[q], kLanes, reduced[q]);
+      for (int64_t lane = 0; lane < kLanes; ++lane) merge(i + lane, lane);
+    for (int64_t i = whole; i < stop; ++i) merge(i, i - whole);
+    for (int q = 0; q < kTerms; ++q)
+      for (int lane = 0; lane < kLanes; ++lane)
+        blocks[q][lane] = Op::merge(blocks[q][lane], static_cast<Number>(lanes[q][lane]));
+  }
+  for (int q = 0; q < kTerms; ++q) std::copy_n(blocks[q], kLanes, reduced[q]);
 }
 
-inline bool all_numbers(const float* lanes) {
+inline bool all_numbers(const double* lanes) {
   bool numbers = true;
   for (int lane = 0; lane < kLanes; ++lane) numbers = numbers & (lanes[lane] == lanes[lane]);
   return numbers;
@@ -72,8 +79,8 @@ inline bool all_numbers(const float* lanes) {
 
 // into[i] = merge(into[i], from[i]) for i in [0, n).
 template <class Op>
-FASTQAT_CLONES void merge_into(const float* from, double* into, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) into[i] = Op::merge(into[i], static_cast<double>(from[i]));
+FASTQAT_CLONES void merge_into(const double* from, double* into, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) into[i] = Op::merge(into[i], from[i]);
 }
 
 // kTerms quantities per channel of one tensor, reduced piece by piece; f(offset, n, channels, careful, reduced) calls
@@ -84,8 +91,12 @@ class Reduction {
  public:
   using Terms = std::array<double, kTerms>;
 
-  explicit Reduction(const Layout& layout)
-      : channels_(layout.channels), cut_(layout), width_(cut_.by_rows ? 1 : std::min(kBlock, cut_.length)) {
+  // longest: elements of a span, a multiple of kBlock that divides kChunk. It changes no result.
+  explicit Reduction(const Layout& layout, int64_t longest = kBlock)
+      : channels_(layout.channels),
+        cut_(layout),
+        longest_(longest),
+        width_(cut_.by_rows ? 1 : std::min(kBlock, cut_.length)) {
     identity_.fill(Op::kIdentity);
     partial_.assign(cut_.layout.numel() ? cut_.pieces * width_ : 0, identity_);
   }
@@ -95,15 +106,14 @@ class Reduction {
   // Any thread may do any piece.
   template <class F>
   void piece(const Grid& grid, int64_t p, const F& f) {
-    float buffer[kTerms][kBlock];
-    double merged[kTerms][kBlock];  // one float64 per lane of a row, or per column
-    float* reduced[kTerms];
+    double buffer[kTerms][kBlock], merged[kTerms][kBlock];  // a number per lane of a row, or per column
+    double* reduced[kTerms];
     int64_t count = cut_.by_rows ? kLanes : width_;
     for (int q = 0; q < kTerms; ++q) {
       reduced[q] = buffer[q];
       std::fill_n(merged[q], count, static_cast<double>(Op::kIdentity));
     }
-    spans_of_piece(cut_, grid, p, kBlock, [&](int64_t offset, int64_t n, auto channels) {
+    spans_of_piece(cut_, grid, p, longest_, [&](int64_t offset, int64_t n, auto channels) {
       f(offset, n, channels, !cut_.by_rows, reduced);
       bool numbers = true;
       for (int q = 0; q < kTerms && cut_.by_rows; ++q) numbers = all_numbers(reduced[q]) && numbers;
@@ -145,6 +155,7 @@ class Reduction {
  private:
   int64_t channels_;
   Cut cut_;
+  int64_t longest_;
   int64_t width_;  // results of a piece
   Terms identity_;
   std::vector<Terms> partial_;
@@ -152,8 +163,9 @@ class Reduction {
 
 // The reduction of one tensor, all pieces of it.
 template <class Op, int kTerms, class F>
-std::vector<std::array<double, kTerms>> reduce_channels(const Layout& layout, const Grid& grid, const F& f) {
-  Reduction<Op, kTerms> reduction(layout);
+std::vector<std::array<double, kTerms>> reduce_channels(const Layout& layout, const Grid& grid, const F& f,
+                                                        int64_t longest = kBlock) {
+  Reduction<Op, kTerms> reduction(layout, longest);
   parallel(reduction.cut(), [&](int64_t p) { reduction.piece(grid, p, f); });
   return reduction.total();
 }
