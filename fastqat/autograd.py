@@ -95,6 +95,8 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, clip, out_dtype):
         if clip:
             return _clipped_forward(x, scale, zero_point, offset, qrange, eps, clip, out_dtype)
+        if group_size is None:  # no rows to make: this function runs cold in training, where each call of another costs
+            return _ops.fake_quantize(x, scale, zero_point, offset, qrange, axis, eps, out_dtype)
         rows, row_axis = as_rows(x, axis, group_size)
         y = _ops.fake_quantize(rows, flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps, out_dtype)
         return from_rows(y, x, axis, group_size)
@@ -143,6 +145,11 @@ class _FakeQuantizeBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(g, x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, clip, learned):
+        if group_size is None and learned and factor is None:  # the most frequent case, with few calls: see above
+            dx, dscale, dshift = _ops.fake_quantize_backward(
+                g, x, scale, zero_point, offset, qrange, axis, eps, rounded, lsq, clip
+            )
+            return dx, dscale, None if zero_point is None and offset is None else dshift
         rows, row_axis = as_rows(x, axis, group_size)
         g_rows, _ = as_rows(g, axis, group_size)
         grid = (flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps)
