@@ -48,6 +48,7 @@ FASTQAT_CLONES double find_cells_of(const float* x, int64_t n, float reciprocal,
 template <int kSteps>
 void find_bins_of(const float* scaled, const int32_t* cells, int64_t n, const uint32_t* base, const float* edges,
                   int32_t* bins) {
+#pragma GCC unroll 4
   for (int64_t i = 0; i < n; ++i) {
     uint32_t bin = base[cells[i]];
     for (int step = 0; step < kSteps; ++step) bin += scaled[i] > edges[bin] ? 1 : 0;
@@ -58,6 +59,7 @@ void find_bins_of(const float* scaled, const int32_t* cells, int64_t n, const ui
 
 // A loop of its own: where the address of a store is not yet known, the loads behind it wait.
 void add_to_bins(const float* x, const int32_t* which, int64_t n, Borders::Bin* bins) {
+#pragma GCC unroll 4
   for (int64_t i = 0; i < n; ++i) bins[which[i]] += Borders::Bin{x[i], 1.0};
 }
 
@@ -123,15 +125,22 @@ double Borders::sorting_cost(const std::vector<Channel>& candidates) {
 }
 
 void Borders::add(const float* x, int64_t n, float unit, Bin* bins, double& squares) const {
-  float scaled[kBlock];
+  float finite[kBlock], scaled[kBlock];
   int32_t cells[kBlock], which[kBlock];
   const float last = static_cast<float>(base_.size()) - 1.0f;
   for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t m = std::min(kBlock, n - i);
-    squares += find_cells_of(x + i, m, 1.0f / unit, first_, density_, last, scaled, cells);
+    const float* block = x + i;
+    int64_t m = std::min(kBlock, n - i);
+    double sum = find_cells_of(block, m, 1.0f / unit, first_, density_, last, scaled, cells);
+    if (!std::isfinite(sum)) {
+      m = std::copy_if(block, block + m, finite, [](float v) { return std::isfinite(v); }) - finite;
+      block = finite;
+      sum = find_cells_of(block, m, 1.0f / unit, first_, density_, last, scaled, cells);
+    }
+    squares += sum;
     auto find_bins = steps_ <= 1 ? find_bins_of<1> : steps_ == 2 ? find_bins_of<2> : find_bins_of<0>;
     find_bins(scaled, cells, m, base_.data(), edges_.data(), which);
-    add_to_bins(x + i, which, m, bins);
+    add_to_bins(block, which, m, bins);
   }
 }
 

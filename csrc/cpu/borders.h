@@ -46,7 +46,7 @@ class Borders {
   // Sum and number of elements.
   typedef double Bin __attribute__((vector_size(16)));
 
-  // Adds finite elements to the bins and to squares, the sum of x^2. x: [n]; bins: [size()]
+  // Adds the finite ones of n elements to the bins and to squares, the sum of x^2. x: [n]; bins: [size()]
   void add(const float* x, int64_t n, float unit, Bin* bins, double& squares) const;
 
   int64_t size() const { return static_cast<int64_t>(edges_.size()); }

@@ -30,30 +30,18 @@ FASTQAT_CLONES void loop(const float* x, int64_t n, const Candidate* c, double* 
   errors[3] += e3;
 }
 
-FASTQAT_CLONES bool all_finite(const float* x, int64_t n) {
-  constexpr uint32_t kExponent = 0x7f800000u;
-  uint32_t found = 0;
-  for (int64_t i = 0; i < n; ++i) found |= (as_bits(x[i]) & kExponent) == kExponent ? 1u : 0u;
-  return !found;
-}
-
 // Elements [first, last) of one channel, in memory order.
 struct Part {
   const Input& in;
   const Layout& layout;
   int64_t channel, first, last;
 
-  // f(x, n) for the finite elements, kTile of them at a time. tile: [kTile]
+  // f(x, n) for kTile of them at a time. tile: [kTile]
   template <class F>
   void tiles(float* tile, const F& f) const {
     for (int64_t i = first; i < last; i += kTile) {
       int64_t n = std::min(kTile, last - i);
-      const float* x = gather(i, n, tile);
-      if (!all_finite(x, n)) {
-        n = std::remove_copy_if(x, x + n, tile, [](float v) { return !std::isfinite(v); }) - tile;
-        x = tile;
-      }
-      f(x, n);
+      f(gather(i, n, tile), n);
     }
   }
 
@@ -80,7 +68,8 @@ void add_directly(const Part& part, const std::vector<Channel>& candidates, floa
   std::transform(candidates.begin(), candidates.end(), constants.begin(), make_candidate);
   std::vector<double> sums(padded, 0.0);
   part.tiles(tile, [&](const float* x, int64_t n) {
-    for (size_t k = 0; k < padded; k += kCandidatesAtOnce) loop(x, n, &constants[k], &sums[k]);
+    n = std::copy_if(x, x + n, tile, [](float v) { return std::isfinite(v); }) - tile;
+    for (size_t k = 0; k < padded; k += kCandidatesAtOnce) loop(tile, n, &constants[k], &sums[k]);
   });
   std::copy_n(sums.begin(), candidates.size(), errors);
 }
@@ -151,12 +140,13 @@ void range_search_out(Tensor x, Tensor scales, OptionalTensor zero_points, Tenso
     }
   });
 
-  std::vector<double> totals(channels * count, 0.0);
-  for (int64_t p = 0; p < channels * per_channel; ++p)
-    for (int64_t k = 0; k < count; ++k) totals[p / per_channel * count + k] += partial[p * count + k];
   float* out = errors.mutable_data_ptr<float>();
-  for (int64_t k = 0; k < count; ++k)
-    for (int64_t c = 0; c < channels; ++c) out[k * channels + c] = static_cast<float>(totals[c * count + k]);
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t k = 0; k < count; ++k) {
+      double total = 0.0;
+      for (int64_t p = c * per_channel; p < (c + 1) * per_channel; ++p) total += partial[p * count + k];
+      out[k * channels + c] = static_cast<float>(total);
+    }
 }
 
 }  // namespace fastqat::cpu

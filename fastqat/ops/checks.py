@@ -82,9 +82,13 @@ def parameter(name: str, p: Tensor | None, x: Tensor, shape: tuple[int, ...]) ->
 
 def positive(name: str, scale: Tensor) -> None:
     """Check the values of a scale: positive and finite. Reads the tensor back from its device."""
-    bad = ~((scale > 0) & (scale < torch.inf))
-    if bool(bad.any()):
-        fail(ValueError, name, "positive finite values", scale.detach()[bad.detach()].flatten()[0].item())
+    scale = scale.detach()
+    if scale.numel() == 0:
+        return
+    low, high = torch.aminmax(scale)  # one op, where comparing takes four; both are NaN if any value is
+    if not (low.item() > 0 and high.item() < torch.inf):
+        bad = ~((scale > 0) & (scale < torch.inf))
+        fail(ValueError, name, "positive finite values", scale[bad][0].item())
 
 
 def code_range(qmin: int, qmax: int) -> None:
