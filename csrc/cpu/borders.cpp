@@ -46,12 +46,13 @@ FASTQAT_CLONES double find_cells_of(const float* x, int64_t n, float reciprocal,
 
 // bins[i]: where x[i] belongs. kSteps: the most borders in a cell, or 0 for any number.
 template <int kSteps>
-void find_bins_of(const float* scaled, const int32_t* cells, int64_t n, const uint32_t* base, const float* edges,
+void find_bins_of(const float* scaled, const int32_t* cells, int64_t n, const Borders::Cell* line, const float* edges,
                   int32_t* bins) {
 #pragma GCC unroll 4
   for (int64_t i = 0; i < n; ++i) {
-    uint32_t bin = base[cells[i]];
-    for (int step = 0; step < kSteps; ++step) bin += scaled[i] > edges[bin] ? 1 : 0;
+    const Borders::Cell& cell = line[cells[i]];
+    uint32_t bin = cell.bin + (scaled[i] > cell.edge ? 1 : 0);
+    for (int step = 1; step < kSteps; ++step) bin += scaled[i] > edges[bin] ? 1 : 0;
     while (!kSteps && scaled[i] > edges[bin]) ++bin;
     bins[i] = static_cast<int32_t>(bin);
   }
@@ -102,14 +103,18 @@ Borders::Borders(const std::vector<Channel>& candidates) : candidates_(candidate
 // The fewest cells with at most one border in each, if kMostCells are enough.
 void Borders::find_cells(float first, float last) {
   first_ = first;
-  for (size_t count = 256; base_.empty() || (steps_ > 1 && count <= kMostCells); count *= 2) {
+  for (size_t count = 256; cells_.empty() || (steps_ > 1 && count <= kMostCells); count *= 2) {
     if (count < edges_.size()) continue;
     density_ = last > first ? static_cast<float>(count) / (last - first) : 0.0f;
     std::vector<int> within(count, 0);
     for (size_t e = 0; e + 1 < edges_.size(); ++e) ++within[cell_of(edges_[e], first_, density_, count - 1.0f)];
     steps_ = *std::max_element(within.begin(), within.end());
-    base_.resize(count);
-    std::exclusive_scan(within.begin(), within.end(), base_.begin(), 0u);
+    cells_.resize(count);
+    uint32_t bin = 0;
+    for (size_t c = 0; c < count; ++c) {
+      cells_[c] = {bin, edges_[bin]};
+      bin += within[c];
+    }
   }
 }
 
@@ -127,7 +132,7 @@ double Borders::sorting_cost(const std::vector<Channel>& candidates) {
 void Borders::add(const float* x, int64_t n, float unit, Bin* bins, double& squares) const {
   float finite[kBlock], scaled[kBlock];
   int32_t cells[kBlock], which[kBlock];
-  const float last = static_cast<float>(base_.size()) - 1.0f;
+  const float last = static_cast<float>(cells_.size()) - 1.0f;
   for (int64_t i = 0; i < n; i += kBlock) {
     const float* block = x + i;
     int64_t m = std::min(kBlock, n - i);
@@ -139,7 +144,7 @@ void Borders::add(const float* x, int64_t n, float unit, Bin* bins, double& squa
     }
     squares += sum;
     auto find_bins = steps_ <= 1 ? find_bins_of<1> : steps_ == 2 ? find_bins_of<2> : find_bins_of<0>;
-    find_bins(scaled, cells, m, base_.data(), edges_.data(), which);
+    find_bins(scaled, cells, m, cells_.data(), edges_.data(), which);
     add_to_bins(block, which, m, bins);
   }
 }

@@ -33,7 +33,7 @@ class Borders {
   // candidates: [count]. Not usable() where a scale is extreme, or not a number.
   explicit Borders(const std::vector<Channel>& candidates);
 
-  bool usable() const { return !base_.empty(); }
+  bool usable() const { return !cells_.empty(); }
 
   // Whether they are the borders of these candidates.
   bool serve(const std::vector<Channel>& candidates) const { return proportional(candidates_, candidates); }
@@ -42,6 +42,12 @@ class Borders {
   // candidate grid for one element takes 1; and to make these borders.
   double cost(int64_t n) const;
   static double sorting_cost(const std::vector<Channel>& candidates);
+
+  // An interval of the line; all have one width. The bin in which it begins, and the upper end of that.
+  struct Cell {
+    uint32_t bin;
+    float edge;
+  };
 
   // Sum and number of elements.
   typedef double Bin __attribute__((vector_size(16)));
@@ -61,12 +67,12 @@ class Borders {
   void find_cells(float first, float last);
 
   std::vector<Channel> candidates_;
-  size_t reference_ = 0;           // the candidate with the largest scale
-  std::vector<float> edges_;       // distinct borders in ascending order, and infinity: the upper ends of the bins
-  std::vector<uint32_t> edge_;     // of each border of each candidate, in ascending order: the bin above it
-  float lowest_ = 0;               // of all levels
-  std::vector<Bin> weights_;       // for each level j above it: 1, 2 j - 1
-  std::vector<uint32_t> base_;     // of each cell, an interval of equal width: the bin in which it begins
+  size_t reference_ = 0;        // the candidate with the largest scale
+  std::vector<float> edges_;    // distinct borders in ascending order, and infinity: the upper ends of the bins
+  std::vector<uint32_t> edge_;  // of each border of each candidate, in ascending order: the bin above it
+  float lowest_ = 0;            // of all levels
+  std::vector<Bin> weights_;    // for each level j above it: 1, 2 j - 1
+  std::vector<Cell> cells_;
   float first_ = 0, density_ = 0;  // the first cell begins there; cells to a unit
   int steps_ = 0;                  // borders in a cell, at most
 };
