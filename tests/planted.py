@@ -23,6 +23,7 @@ CUDA_TRACKING = ("tests/test_cuda_on_host.py", "-k", "many_weights")
 ONE_TENSOR, ONE_BACKWARD = "csrc/cpu/fake_quantize_tensor.cpp", "csrc/cpu/fake_quantize_tensor_backward.cpp"
 ONE_REFERENCE = ("tests/test_one_tensor.py", "-k", "reference and float32")
 CPU_ONE = ("tests/test_one_tensor.py", "-k", "cpu and (float32 or same_bits)")
+BORDERS, CPU_SEARCH = "csrc/cpu/borders.cpp", ("tests/test_range_search.py", "-k", "cpu")
 CPU_RANGES = ("tests/test_range_steps.py", "-k", "cpu and not settles")
 DOREFA, CPU_DOREFA, PAIR = "csrc/dorefa.h", "csrc/cpu/dorefa.cpp", "csrc/cpu/two_widths.cpp"
 DOREFA_ON_CPU = ("tests/test_two_widths.py", "-k", "cpu and not fake_quantize")
@@ -95,7 +96,7 @@ PLANTS = (
     plant(
         "cpu: dropped tail of a sum",
         CPU_VALUES,
-        (REDUCE, "for (int64_t i = whole; i < n; ++i) merge", "for (int64_t i = whole; i < n - 1; ++i) merge"),
+        (REDUCE, "for (int64_t i = whole; i < stop; ++i) merge", "for (int64_t i = whole; i < stop - 1; ++i) merge"),
     ),
     plant(
         "cpu: mask off by one code",
@@ -185,6 +186,21 @@ PLANTS = (
         "cpu: the limit itself lies beyond it",
         CPU_ONE,
         (ONE_TENSOR, "__builtin_fabsf(x[i]) > limit", "__builtin_fabsf(x[i]) >= limit"),
+    ),
+    plant(
+        "cpu: a search that counts a border twice",
+        CPU_SEARCH,
+        (BORDERS, "      bin += within[c];", "      bin += within[c] + (c == count / 2);"),
+    ),
+    plant(
+        "cpu: a search that trusts the last digits of a difference",
+        CPU_SEARCH,
+        (BORDERS, "error > kDigits * squares || squares == 0.0", "true"),
+    ),
+    plant(
+        "cpu: a search that takes the first channel's borders for all",
+        CPU_SEARCH,
+        (BORDERS, "  bool same = true;", "  return true;\n  bool same = true;"),
     ),
     plant(
         "cpu: Inf widens a range",
