@@ -193,6 +193,9 @@ def _into(
         checks.fail(ValueError, "out", f"shape {list(x.shape)} on {x.device}", f"{list(out.shape)} on {out.device}")
     if torch.is_grad_enabled() and needs_grad(x, scale, zero_point, offset):
         checks.fail(ValueError, "out", "no argument that requires a gradient (use torch.no_grad())", "one that does")
+    if group_size is None:
+        op(x, scale, zero_point, offset, qrange, axis, eps, dtype, out)
+        return out
     rows, row_axis = as_rows(x, axis, group_size)
     out_rows, _ = as_rows(out, axis, group_size)
     op(rows, flat(scale), flat(zero_point), flat(offset), qrange, row_axis, eps, dtype, out_rows)

@@ -90,10 +90,10 @@ Borders::Borders(const std::vector<Channel>& candidates) : candidates_(candidate
     for (float level = ch.low + 1.0f; level <= ch.high; level += 1.0f)
       borders.push_back({ch.scale / unit * (level - 0.5f), static_cast<uint32_t>(borders.size())});
   std::sort(borders.begin(), borders.end(), [](const Border& a, const Border& b) { return a.value < b.value; });
-  edge_.resize(borders.size());
+  bin_above_.resize(borders.size());
   for (const Border& border : borders) {
     if (edges_.empty() || !close(border.value, edges_.back())) edges_.push_back(border.value);
-    edge_[border.number] = static_cast<uint32_t>(edges_.size());
+    bin_above_[border.number] = static_cast<uint32_t>(edges_.size());
   }
   const float first = edges_.front(), last = edges_.back();
   edges_.push_back(std::numeric_limits<float>::infinity());
@@ -120,7 +120,7 @@ void Borders::find_cells(float first, float last) {
 
 double Borders::cost(int64_t n) const {
   return kPerElement * static_cast<double>(n) + kPerBin * static_cast<double>(edges_.size()) +
-         kPerBorder * static_cast<double>(edge_.size());
+         kPerBorder * static_cast<double>(bin_above_.size());
 }
 
 double Borders::sorting_cost(const std::vector<Channel>& candidates) {
@@ -152,7 +152,7 @@ void Borders::add(const float* x, int64_t n, float unit, Bin* bins, double& squa
 void Borders::squared_errors(const std::vector<Channel>& candidates, Bin* bins, double squares, double* errors) const {
   for (size_t b = edges_.size() - 1; b-- > 0;) bins[b] += bins[b + 1];  // now of all above the lower end of the bin
   const Bin all = bins[0];
-  const uint32_t* edge = edge_.data();
+  const uint32_t* edge = bin_above_.data();
   for (size_t k = 0; k < candidates.size(); ++k) {
     const double low = candidates[k].low, high = candidates[k].high, scale = candidates[k].scale;
     const int64_t borders = static_cast<int64_t>(high - low);

@@ -67,11 +67,11 @@ class Borders {
   void find_cells(float first, float last);
 
   std::vector<Channel> candidates_;
-  size_t reference_ = 0;        // the candidate with the largest scale
-  std::vector<float> edges_;    // distinct borders in ascending order, and infinity: the upper ends of the bins
-  std::vector<uint32_t> edge_;  // of each border of each candidate, in ascending order: the bin above it
-  float lowest_ = 0;            // of all levels
-  std::vector<Bin> weights_;    // for each level j above it: 1, 2 j - 1
+  size_t reference_ = 0;             // the candidate with the largest scale
+  std::vector<float> edges_;         // distinct borders in ascending order, and infinity: the upper ends of the bins
+  std::vector<uint32_t> bin_above_;  // of each border of each candidate, in ascending order
+  float lowest_ = 0;                 // of all levels
+  std::vector<Bin> weights_;         // for each level j above it: 1, 2 j - 1
   std::vector<Cell> cells_;
   float first_ = 0, density_ = 0;  // the first cell begins there; cells to a unit
   int steps_ = 0;                  // borders in a cell, at most
