@@ -4,6 +4,7 @@
 #include "bits.h"
 #include "elements.h"
 #include "ops.h"
+#include "threads.h"
 
 namespace fastqat::cpu {
 namespace {
@@ -68,7 +69,7 @@ Units unpacking(int bits) {
 // f(offset, n) for blocks of n elements.
 template <class F>
 void parallel_blocks(int64_t numel, const F& f) {
-  torch::stable::parallel_for(0, (numel + kBlock - 1) / kBlock, 32, [&](int64_t begin, int64_t end) {
+  share_out((numel + kBlock - 1) / kBlock, 32, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) f(b * kBlock, std::min(kBlock, numel - b * kBlock));
   });
 }

@@ -3,6 +3,7 @@
 #include "noise.h"
 #include "ops.h"
 #include "philox_avx2.h"
+#include "threads.h"
 
 namespace fastqat::cpu {
 namespace {
@@ -55,7 +56,7 @@ void Uniforms::draw(int64_t first, int64_t n, float* u) const {
 void philox_uniform_out(Tensor step, int64_t seed, int64_t tensor_id, int64_t numel, Tensor u) {
   float* out = u.mutable_data_ptr<float>();
   const Uniforms uniforms(seed, step, tensor_id);
-  torch::stable::parallel_for(0, (numel + kBlock - 1) / kBlock, 4, [&](int64_t begin, int64_t end) {
+  share_out((numel + kBlock - 1) / kBlock, 4, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kBlock;
     uniforms.draw(first, std::min(end * kBlock, numel) - first, out + first);
   });

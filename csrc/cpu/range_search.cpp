@@ -6,6 +6,7 @@
 #include "borders.h"
 #include "elements.h"
 #include "ops.h"
+#include "threads.h"
 
 namespace fastqat::cpu {
 namespace {
@@ -126,17 +127,17 @@ void range_search_out(Tensor x, Tensor scales, OptionalTensor zero_points, Tenso
                 per_channel = (length + piece_size - 1) / piece_size;
   std::vector<double> partial(channels * per_channel * count, 0.0);
 
-  torch::stable::parallel_for(0, channels * per_channel, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> tile(kTile);
+  share_out(channels * per_channel, 1, [&](int64_t begin, int64_t end) {
+    float tile[kTile];
     for (int64_t p = begin; p < end; ++p) {
       const int64_t c = p / per_channel, start = p % per_channel * piece_size;
       const Part part{in, layout, c, start, std::min(start + piece_size, length)};
       const std::vector<Channel> candidates = candidates_of(c);
       double* sums = partial.data() + p * count;
       if (borders && borders->serve(candidates))
-        add_by_borders(part, *borders, candidates, tile.data(), sums);
+        add_by_borders(part, *borders, candidates, tile, sums);
       else
-        add_directly(part, candidates, tile.data(), sums);
+        add_directly(part, candidates, tile, sums);
     }
   });
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "elements.h"
+#include "threads.h"
 
 namespace fastqat::cpu {
 
@@ -78,7 +79,7 @@ struct Cut {
 template <class F>
 void parallel(const Cut& cut, const F& piece) {
   if (cut.layout.numel() == 0) return;
-  torch::stable::parallel_for(0, cut.pieces, cut.grain(), [&](int64_t begin, int64_t end) {
+  share_out(cut.pieces, cut.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) piece(p);
   });
 }
@@ -106,7 +107,7 @@ void parallel_jobs(std::vector<Job>& jobs) {
   }
   const int64_t tasks = static_cast<int64_t>(starts.size());
   starts.push_back({jobs.size(), 0});
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  share_out(tasks, 1, [&](int64_t begin, int64_t end) {
     const Start stop = starts[end];
     for (size_t j = starts[begin].job; j <= stop.job && j < jobs.size(); ++j) {
       const Cut& cut = jobs[j].cut();
@@ -153,7 +154,7 @@ template <class PickLoop>
 void map_piece(const Input& in, const Output& out, const Cut& cut, const Grid& grid, int64_t p,
                const PickLoop& pick_loop) {
   bool in_place = in.dtype == ScalarType::Float && out.dtype == ScalarType::Float;
-  spans_of_piece(cut, grid, p, in_place ? kChunk : kBlock, [&](int64_t offset, int64_t n, auto channels) {
+  spans_of_piece(cut, grid, p, in_place ? kChunk : kBlock, [&](int64_t offset, int64_t n, const auto& channels) {
     float buffer_in[kBlock], buffer_out[kBlock];
     float* result = out.block(offset, buffer_out);
     pick_loop(channels)(in.block(offset, n, buffer_in), result, n, channels);
