@@ -6,7 +6,8 @@ namespace fastqat::cpu {
 namespace {
 
 template <bool kFast, bool kOffset, class Channels>
-FASTQAT_CLONES void loop(const float* x, float* y, int64_t n, Channels channels) {
+FASTQAT_CLONES void loop(const float* x, float* y, int64_t n, const Channels& given) {
+  const Channels channels = given;
   for (int64_t i = 0; i < n; ++i) y[i] = fastqat::fake_quantize<kFast, kOffset>(x[i], channels[i]);
 }
 

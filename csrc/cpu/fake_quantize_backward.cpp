@@ -7,7 +7,9 @@ namespace {
 
 // kTerms: 0 for dx alone, 1 with the sum of ds, 2 with that of the shift. dx: [n]; sums: see reduce_span
 template <int kTerms, bool kRounded, Path kPath, bool kOffset, class Channels>
-FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, double* const* sums, int64_t n, Channels channels) {
+FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, double* const* sums, int64_t n,
+                         const Channels& given) {
+  const Channels channels = given;
   reduce_span<Sum, kTerms, Channels::kRow>(n, sums, [&](int64_t i) __attribute__((always_inline)) {
     Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded>(g[i], x[i], channels[i]);
     dx[i] = d.dx;
@@ -82,7 +84,7 @@ struct Backward {
   std::vector<std::array<double, kTerms>> sums(const Layout& layout, const Grid& grid) const {
     return reduce_channels<Sum, kTerms>(
         layout, grid,
-        [&](int64_t offset, int64_t n, auto channels, bool careful, auto reduced) {
+        [&](int64_t offset, int64_t n, const auto& channels, bool careful, auto reduced) {
           span<kTerms>(offset, n, channels, careful, reduced);
         },
         longest_span());
@@ -107,7 +109,7 @@ void run_input(const Tensor& g, const Tensor& x, const Grid& grid, std::optional
   Backward backward{Input(g), Input(x), Output(dx), grid.offset_grid(), rounded_mask};
   Cut cut(layout_of(x, axis));
   parallel(cut, [&](int64_t p) {
-    spans_of_piece(cut, grid, p, backward.longest_span(), [&](int64_t offset, int64_t n, auto channels) {
+    spans_of_piece(cut, grid, p, backward.longest_span(), [&](int64_t offset, int64_t n, const auto& channels) {
       backward.span<0>(offset, n, channels, false, nullptr);
     });
   });

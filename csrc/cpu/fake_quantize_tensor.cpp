@@ -23,7 +23,7 @@ struct Largest : Max {
   }
 };
 
-using Extremes = float* const*;  // of -x and of x: [2][kLanes], largest of each lane
+using Extremes = float (*)[kLanes];  // of -x and of x: [2][kLanes], largest of each lane
 using PlainLoop = void (*)(const float* x, float* y, float* tested, Extremes extremes, int64_t n, Channel ch);
 
 // What masks look at.
@@ -33,7 +33,7 @@ enum class Tested { nothing, rounded, unrounded };
 // For fast scales.
 template <bool kOffset, Tested kTested>
 FASTQAT_CLONES void plain_loop(const float* x, float* y, float* tested, Extremes extremes, int64_t n, Channel ch) {
-  reduce_span<Largest, 2, true>(n, extremes, [&](int64_t i) __attribute__((always_inline)) {
+  reduce_lanes<Largest, 2>(0, n, extremes, [&](int64_t i) __attribute__((always_inline)) {
     float t = shifted<kOffset>(x[i], ch), lev;
     if (kTested == Tested::rounded) {
       tested[i] = round_even(ratio<true>(t, ch));
@@ -51,7 +51,7 @@ FASTQAT_CLONES void plain_loop(const float* x, float* y, float* tested, Extremes
 
 // Of the finite elements.
 FASTQAT_CLONES void extremes_loop(const float* x, Extremes extremes, int64_t n) {
-  reduce_span<Largest, 2, true>(n, extremes, [&](int64_t i) __attribute__((always_inline)) {
+  reduce_lanes<Largest, 2>(0, n, extremes, [&](int64_t i) __attribute__((always_inline)) {
     bool counts = __builtin_fabsf(x[i]) < kInfinity;
     return std::array<float, 2>{counts ? -x[i] : -kInfinity, counts ? x[i] : -kInfinity};
   });
@@ -188,8 +188,7 @@ class Forward {
     if (plain_) return plain(x, offset, n, seen);
     if (wanted_.low) {
       float extremes[2][kLanes];
-      float* const rows[2] = {extremes[0], extremes[1]};
-      extremes_loop(x, rows, n);
+      extremes_loop(x, extremes, n);
       seen.add(extremes);
     }
     if (only_drawn_) return draw_values(x, offset, n);
@@ -203,19 +202,18 @@ class Forward {
  private:
   void plain(const float* x, int64_t offset, int64_t n, Seen& seen) const {
     float buffer[kBlock], tested[kBlock], extremes[2][kLanes];
-    float* const rows[2] = {extremes[0], extremes[1]};
     float* y = out_.block(offset, buffer);
     const auto loop = tested_ == Tested::nothing   ? plain_loop_for<Tested::nothing>()
                       : tested_ == Tested::rounded ? plain_loop_for<Tested::rounded>()
                                                    : plain_loop_for<Tested::unrounded>();
-    loop(x, y, tested, rows, n, ch_);
+    loop(x, y, tested, extremes, n, ch_);
     out_.commit(offset, n, y);
     masks(x, tested, offset, n);
     if (!wanted_.low) return;
     float highest = -kInfinity;
     for (int q = 0; q < 2; ++q)
       for (float lane : extremes[q]) highest = Largest::merge(highest, lane);
-    if (highest == kInfinity) extremes_loop(x, rows, n);
+    if (highest == kInfinity) extremes_loop(x, extremes, n);
     seen.add(extremes);
   }
 

@@ -9,7 +9,7 @@ namespace fastqat::cpu {
 
 // y[i] = fake_quantize(x[i]). x, y: [n]
 template <class Channels>
-using ForwardLoop = void (*)(const float* x, float* y, int64_t n, Channels channels);
+using ForwardLoop = void (*)(const float* x, float* y, int64_t n, const Channels& channels);
 
 template <class Channels>
 ForwardLoop<Channels> forward_loop(const Channels& channels, bool offset_grid);
@@ -17,7 +17,7 @@ ForwardLoop<Channels> forward_loop(const Channels& channels, bool offset_grid);
 // dx, and the sums of ds and of the shift by reduce_span. g, x, dx: [n]
 template <class Channels>
 using BackwardLoop = void (*)(const float* g, const float* x, float* dx, double* const* sums, int64_t n,
-                              Channels channels);
+                              const Channels& channels);
 
 // What one element adds to the two sums, for reduce_span.
 inline __attribute__((always_inline)) std::array<Product, 2> terms_of(const Gradient& d) {

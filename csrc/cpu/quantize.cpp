@@ -6,12 +6,14 @@ namespace fastqat::cpu {
 namespace {
 
 template <bool kFast, bool kOffset, class Channels>
-FASTQAT_CLONES void quantize_loop(const float* x, float* codes, int64_t n, Channels channels) {
+FASTQAT_CLONES void quantize_loop(const float* x, float* codes, int64_t n, const Channels& given) {
+  const Channels channels = given;
   for (int64_t i = 0; i < n; ++i) codes[i] = fastqat::quantize<kFast, kOffset>(x[i], channels[i]);
 }
 
 template <bool kFast, bool kOffset, class Channels>
-FASTQAT_CLONES void dequantize_loop(const float* codes, float* y, int64_t n, Channels channels) {
+FASTQAT_CLONES void dequantize_loop(const float* codes, float* y, int64_t n, const Channels& given) {
+  const Channels channels = given;
   for (int64_t i = 0; i < n; ++i) y[i] = fastqat::dequantize<kOffset>(codes[i], channels[i]);
 }
 

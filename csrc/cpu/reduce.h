@@ -1,7 +1,7 @@
 // Reductions over the elements of each channel in an order that depends on the tensor alone.
 //
-// A kernel loop merges terms lane by lane in float32 over one block; blocks are merged in float64, in memory order. So
-// the bits of the result are the same for any number of threads and any instruction set.
+// A kernel loop merges terms lane by lane in float32 over one block, and then its lanes in float64; blocks are merged
+// in memory order. So the bits of the result are the same for any number of threads and any instruction set.
 #pragma once
 
 #include <array>
@@ -38,10 +38,47 @@ struct Max {
   }
 };
 
-// Reduces the first kTerms of the array terms_of(i), for n elements, to reduced[q]: of a row one number per lane, each
-// of a kLanes-th of the elements; of columns, the term of each. For use in a kernel loop: terms_of may store results.
-template <class Op, int kTerms, bool kRow, class Number, class TermsOf>
-inline __attribute__((always_inline)) void reduce_span(int64_t n, Number* const* reduced, const TermsOf& terms_of) {
+// Reduces the first kTerms of the array terms_of(i), for i in [start, stop), to a number per lane, each of a kLanes-th
+// of the elements. For use in a kernel loop: terms_of may store results. lanes: [kTerms][kLanes]
+template <class Op, int kTerms, class TermsOf>
+inline __attribute__((always_inline)) void reduce_lanes(int64_t start, int64_t stop, float (*lanes)[kLanes],
+                                                        const TermsOf& terms_of) {
+  const int64_t whole = stop - (stop - start) % kLanes;
+  float rest[std::max(kTerms, 1)][kLanes];  // apart: what is written at any index is not kept in registers
+  for (int q = 0; q < kTerms; ++q) std::fill_n(lanes[q], kLanes, Op::kIdentity);
+  for (int q = 0; q < kTerms; ++q) std::fill_n(rest[q], kLanes, Op::kIdentity);
+  auto merge = [&](int64_t i, float (*into)[kLanes], int64_t lane) __attribute__((always_inline)) {
+    auto terms = terms_of(i);
+    for (int q = 0; q < kTerms; ++q) into[q][lane] = Op::merge(into[q][lane], terms[q]);
+  };
+  for (int64_t i = start; i < whole; i += kLanes)
+#pragma GCC ivdep
+    for (int64_t lane = 0; lane < kLanes; ++lane) merge(i + lane, lanes, lane);
+  for (int64_t i = whole; i < stop; ++i) merge(i, rest, i - whole);
+  for (int q = 0; q < kTerms; ++q)
+    for (int lane = 0; lane < kLanes; ++lane) lanes[q][lane] = Op::merge(lanes[q][lane], rest[q][lane]);
+}
+
+// Merges numbers in pairs: a chain takes longer than a short row itself. As vectors, since g++ takes arrays apart here.
+template <class Op, int kCount>
+inline __attribute__((always_inline)) double fold(const double* numbers) {
+  if constexpr (kCount == 1) {
+    return numbers[0];
+  } else {
+    typedef double Half __attribute__((vector_size(kCount / 2 * sizeof(double))));  // an alias would be a plain double
+    static_assert(sizeof(Half) == kCount / 2 * sizeof(double));
+    Half halves[2];
+    std::memcpy(halves, numbers, sizeof halves);
+    double folded[kCount / 2];
+    Half merged = Op::merge(halves[0], halves[1]);
+    std::memcpy(folded, &merged, sizeof merged);
+    return fold<Op, kCount / 2>(folded);
+  }
+}
+
+// The same to float64: of a row one number; of columns, the term of each. reduced: [kTerms][1 or n]
+template <class Op, int kTerms, bool kRow, class TermsOf>
+inline __attribute__((always_inline)) void reduce_span(int64_t n, double* const* reduced, const TermsOf& terms_of) {
   if (!kRow) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
@@ -50,31 +87,18 @@ inline __attribute__((always_inline)) void reduce_span(int64_t n, Number* const*
     }
     return;
   }
-  Number blocks[std::max(kTerms, 1)][kLanes];
-  for (int q = 0; q < kTerms; ++q) std::fill_n(blocks[q], kLanes, static_cast<Number>(Op::kIdentity));
+  double total[std::max(kTerms, 1)];
+  std::fill_n(total, kTerms, static_cast<double>(Op::kIdentity));
   for (int64_t start = 0; start < n; start += kBlock) {
     float lanes[std::max(kTerms, 1)][kLanes];
-    for (int q = 0; q < kTerms; ++q) std::fill_n(lanes[q], kLanes, Op::kIdentity);
-    auto merge = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
-      auto terms = terms_of(i);
-      for (int q = 0; q < kTerms; ++q) lanes[q][lane] = Op::merge(lanes[q][lane], terms[q]);
-    };
-    const int64_t stop = std::min(start + kBlock, n), whole = stop - (stop - start) % kLanes;
-    for (int64_t i = start; i < whole; i += kLanes)
-#pragma GCC ivdep
-      for (int64_t lane = 0; lane < kLanes; ++lane) merge(i + lane, lane);
-    for (int64_t i = whole; i < stop; ++i) merge(i, i - whole);
-    for (int q = 0; q < kTerms; ++q)
-      for (int lane = 0; lane < kLanes; ++lane)
-        blocks[q][lane] = Op::merge(blocks[q][lane], static_cast<Number>(lanes[q][lane]));
+    reduce_lanes<Op, kTerms>(start, std::min(start + kBlock, n), lanes, terms_of);
+    for (int q = 0; q < kTerms; ++q) {
+      double wide[kLanes];
+      std::copy_n(lanes[q], kLanes, wide);
+      total[q] = Op::merge(total[q], fold<Op, kLanes>(wide));
+    }
   }
-  for (int q = 0; q < kTerms; ++q) std::copy_n(blocks[q], kLanes, reduced[q]);
-}
-
-inline bool all_numbers(const double* lanes) {
-  bool numbers = true;
-  for (int lane = 0; lane < kLanes; ++lane) numbers = numbers & (lanes[lane] == lanes[lane]);
-  return numbers;
+  for (int q = 0; q < kTerms; ++q) reduced[q][0] = total[q];
 }
 
 // into[i] = merge(into[i], from[i]) for i in [0, n).
@@ -84,8 +108,8 @@ FASTQAT_CLONES void merge_into(const double* from, double* into, int64_t n) {
 }
 
 // kTerms quantities per channel of one tensor, reduced piece by piece; f(offset, n, channels, careful, reduced) calls
-// reduce_span for one span. In rows careful is false first, and true in a second call where a lane is NaN: a quick f
-// may give NaN for what it cannot do.
+// reduce_span for one span. In rows careful is false first, and true in a second call where the result is NaN: a quick
+// f may give NaN for what it cannot do.
 template <class Op, int kTerms>
 class Reduction {
  public:
@@ -106,29 +130,25 @@ class Reduction {
   // Any thread may do any piece.
   template <class F>
   void piece(const Grid& grid, int64_t p, const F& f) {
-    double buffer[kTerms][kBlock], merged[kTerms][kBlock];  // a number per lane of a row, or per column
+    double buffer[kTerms][kBlock], merged[kTerms][kBlock];  // one number of a row, or one per column
     double* reduced[kTerms];
-    int64_t count = cut_.by_rows ? kLanes : width_;
     for (int q = 0; q < kTerms; ++q) {
       reduced[q] = buffer[q];
-      std::fill_n(merged[q], count, static_cast<double>(Op::kIdentity));
+      std::fill_n(merged[q], width_, static_cast<double>(Op::kIdentity));
     }
-    spans_of_piece(cut_, grid, p, longest_, [&](int64_t offset, int64_t n, auto channels) {
+    spans_of_piece(cut_, grid, p, longest_, [&](int64_t offset, int64_t n, const auto& channels) {
       f(offset, n, channels, !cut_.by_rows, reduced);
-      bool numbers = true;
-      for (int q = 0; q < kTerms && cut_.by_rows; ++q) numbers = all_numbers(reduced[q]) && numbers;
-      if (!numbers) f(offset, n, channels, true, reduced);
-      for (int q = 0; q < kTerms; ++q) merge_into<Op>(reduced[q], merged[q], cut_.by_rows ? kLanes : n);
-    });
-    for (int q = 0; q < kTerms; ++q) {
-      if (cut_.by_rows)  // the lanes in pairs: a chain of additions would take longer than a short row itself
-        for (int64_t half = kLanes / 2; half > 0; half /= 2)
-          for (int64_t i = 0; i < half; ++i) merged[q][i] = Op::merge(merged[q][i], merged[q][i + half]);
-      for (int64_t i = 0; i < width_; ++i) {
-        double& result = partial_[p * width_ + i][q];
-        result = Op::merge(result, merged[q][i]);
+      if (!cut_.by_rows) {
+        for (int q = 0; q < kTerms; ++q) merge_into<Op>(reduced[q], merged[q], n);
+        return;
       }
-    }
+      bool numbers = true;
+      for (int q = 0; q < kTerms; ++q) numbers = numbers && reduced[q][0] == reduced[q][0];
+      if (!numbers) f(offset, n, channels, true, reduced);
+      for (int q = 0; q < kTerms; ++q) merged[q][0] = Op::merge(merged[q][0], reduced[q][0]);
+    });
+    for (int64_t i = 0; i < width_; ++i)
+      for (int q = 0; q < kTerms; ++q) partial_[p * width_ + i][q] = merged[q][i];
   }
 
   // After all pieces. Result: float64 [channels][kTerms].
