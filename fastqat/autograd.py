@@ -7,7 +7,7 @@ scale per row, which is all that the ops know.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -237,31 +237,43 @@ def _second_order(
     )
 
 
-def apply_fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    offset: Tensor | None,
-    qrange: Tensor,
-    *,
-    axis: int | None,
-    group_size: int | None,
-    eps: float,
-    ste_mask: str,
-    grad_scale: float | str | None,
-    out_dtype: torch.dtype | None,
-    clip: float = 0.0,
-) -> Tensor:
-    """Differentiable fake quantization of checked arguments, with qmin and qmax as the tensor `qrange` (int32 [2]).
+class Options(NamedTuple):
+    """What a call asks for beside its tensors, in the order in which the functions of this module take it.
 
-    x is clamped to [0, clip] first where clip is not 0.
+    Attributes:
+        qrange: int32 [2], qmin and qmax.
+        axis: in [0, x.dim()), or None.
+        group_size, eps, out_dtype: as for :func:`fastqat.functional.fake_quantize`.
+        rounded: the mask tests rint(x / s), else x / s.
+        lsq: the gradients of the grid take the factor of LSQ; else `factor`, where it is not None.
+        clip: one of CLIPS; x is clamped to [0, clip] first where it is not 0.
     """
-    if clip and (axis is not None or torch._C._are_functorch_transforms_active()):
-        x, clip = activated(x, clip), 0.0  # what clamps in the same pass knows one scale
-    factor = None if grad_scale == "lsq" else grad_scale
-    lsq, rounded = grad_scale == "lsq", ste_mask == "rounded"
-    arguments = (x, scale, zero_point, offset, qrange, axis, group_size, eps, rounded, lsq, factor, clip, out_dtype)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+
+    qrange: Tensor
+    axis: int | None
+    group_size: int | None
+    eps: float
+    rounded: bool
+    lsq: bool
+    factor: float | None
+    clip: float
+    out_dtype: torch.dtype | None
+
+
+def lsq_or_factor(grad_scale: float | str | None) -> tuple[bool, float | None]:
+    """The two options that a `grad_scale` stands for."""
+    return (True, None) if isinstance(grad_scale, str) else (False, grad_scale)
+
+
+def apply_fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, offset: Tensor | None, options: Options
+) -> Tensor:
+    """Differentiable fake quantization of checked arguments."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if options.clip and (options.axis is not None or transformed):
+        x, options = activated(x, options.clip), options._replace(clip=0.0)  # what clamps in one pass knows one scale
+    arguments = (x, scale, zero_point, offset, *options)
+    if transformed or torch.compiler.is_compiling():
         return _FakeQuantize.apply(*arguments)
     if torch.is_grad_enabled() and needs_grad(x, scale, zero_point, offset):
         return apply_plainly(_FakeQuantize, arguments)

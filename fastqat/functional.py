@@ -14,13 +14,28 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastqat.autograd import CLIPS, activated, apply_fake_quantize, as_rows, flat, from_rows, needs_grad
+from fastqat.autograd import (
+    CLIPS,
+    Options,
+    activated,
+    apply_fake_quantize,
+    as_rows,
+    flat,
+    from_rows,
+    lsq_or_factor,
+    needs_grad,
+)
 from fastqat.ops import checks
 
 _ops = torch.ops.fastqat
 
 # Scales of a caller who gives no eps are used as they are; this floor keeps the kernels safe where values are not read.
 SMALLEST_SCALE = 2.0**-126
+
+
+def _is_traced() -> bool:
+    """Whether tensors may be fake or traced ones, which must not be kept."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 @functools.lru_cache(maxsize=None, typed=True)  # typed: True is not 1
@@ -32,7 +47,7 @@ def _cached_qrange(qmin: int, qmax: int, device: torch.device) -> Tensor:
 
 def qrange_tensor(qmin: int, qmax: int, device: torch.device) -> Tensor:
     """qmin and qmax as the int32 tensor [2] that the ops take; one per device, made once."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # a fake or traced tensor must not be kept
+    if _is_traced():
         checks.code_range(qmin, qmax)
         return torch.tensor([qmin, qmax], dtype=torch.int32, device=device)
     try:
@@ -52,6 +67,13 @@ def _checked_grid(
     eps: float | None,
 ) -> tuple[int | None, float]:
     """Check a grid against x; return the normalized axis and eps."""
+    checked = _checked_but_for_values(x, scale, zero_point, offset, axis, group_size, eps)
+    if eps is None:
+        _check_positive("scale", scale)
+    return checked
+
+
+def _checked_but_for_values(x, scale, zero_point, offset, axis, group_size, eps) -> tuple[int | None, float]:
     axis = checks.normalized_axis(x, axis)
     shape = checks.scale_shape(x, axis, group_size)
     _check_scale("scale", scale, x, shape)
@@ -60,12 +82,68 @@ def _checked_grid(
     if zero_point is not None and offset is not None:
         checks.fail(ValueError, "zero_point, offset", "at most one of them", "both")
     if eps is None:
-        _check_positive("scale", scale)
         return axis, SMALLEST_SCALE
     _check_number("eps", eps)
     if not eps > 0:
         checks.fail(ValueError, "eps", "a positive number", eps)
     return axis, float(eps)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)  # typed: True is not 1
+def _memory(*call: Any) -> list[Options]:
+    """Where to keep what the checks of a call have come to; new, and empty, for a call that was not seen before."""
+    return []
+
+
+def _described(p: Tensor | None) -> tuple[Any, ...] | None:
+    return None if p is None else (p.dtype, p.shape, p.device)
+
+
+def _checked_options(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, offset: Tensor | None, asked: tuple[Any, ...]
+) -> Options:
+    """Check a call of fake_quantize; what it asks for, in the terms of the kernels.
+
+    Only values of the scale are left unchecked. All else follows from shapes, dtypes, devices and options, and is
+    checked once: in training the same call comes again in every step, when the caches are full of tensors and each
+    Python function that it runs through costs a microsecond or two.
+    """
+    memory = []
+    if isinstance(x, Tensor) and isinstance(scale, Tensor) and not _is_traced():
+        try:
+            memory = _memory(
+                x.dtype,
+                x.shape,
+                x.device,
+                scale.dtype,
+                scale.shape,
+                scale.device,
+                _described(zero_point),
+                _described(offset),
+                *asked,
+            )
+        except (AttributeError, TypeError):  # neither a tensor nor None, or not hashable: the checks say what it is
+            pass
+    if not memory:
+        memory.append(_check_options(x, scale, zero_point, offset, *asked))
+    return memory[0]
+
+
+def _check_options(
+    x, scale, zero_point, offset, qmin, qmax, axis, group_size, eps, ste_mask, grad_scale, out_dtype, activation
+) -> Options:
+    checks.float_tensor("x", x)
+    axis, eps = _checked_but_for_values(x, scale, zero_point, offset, axis, group_size, eps)
+    checks.choice("ste_mask", ste_mask, ("rounded", "unrounded"))
+    if isinstance(grad_scale, str):
+        checks.choice("grad_scale", grad_scale, ("lsq",))
+    elif grad_scale is not None:
+        _check_number("grad_scale", grad_scale)
+    if out_dtype is not None:
+        checks.choice("out_dtype", out_dtype, checks.FLOAT_DTYPES)
+    checks.choice("activation", activation, tuple(CLIPS))
+    qrange, rounded, clip = qrange_tensor(qmin, qmax, x.device), ste_mask == "rounded", CLIPS[activation]
+    return Options(qrange, axis, group_size, eps, rounded, *lsq_or_factor(grad_scale), clip, out_dtype)
 
 
 def _check_scale(name: str, scale: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -142,37 +220,26 @@ def fake_quantize(
 
     Source: White Paper on Neural Network Quantization (2106.08295), section 2; LSQ (1902.08153); LSQ+ (2004.09576).
     """
-    checks.float_tensor("x", x)
-    axis, eps = _checked_grid(x, scale, zero_point, offset, axis, group_size, eps)
-    checks.choice("ste_mask", ste_mask, ("rounded", "unrounded"))
-    if isinstance(grad_scale, str):
-        checks.choice("grad_scale", grad_scale, ("lsq",))
-    elif grad_scale is not None:
-        _check_number("grad_scale", grad_scale)
-    if out_dtype is not None:
-        checks.choice("out_dtype", out_dtype, checks.FLOAT_DTYPES)
-    checks.choice("activation", activation, tuple(CLIPS))
-    qrange = qrange_tensor(qmin, qmax, x.device)
+    asked = (qmin, qmax, axis, group_size, eps, ste_mask, grad_scale, out_dtype, activation)
+    options = _checked_options(x, scale, zero_point, offset, asked)
+    if eps is None:
+        _check_positive("scale", scale)
     if out is not None:
         checks.float_tensor("out", out)
-        x = activated(x, CLIPS[activation])
         return _into(
-            out, _ops.fake_quantize_out, x, scale, zero_point, offset, qrange, axis, group_size, eps, out.dtype
+            out,
+            _ops.fake_quantize_out,
+            activated(x, options.clip),
+            scale,
+            zero_point,
+            offset,
+            options.qrange,
+            options.axis,
+            group_size,
+            options.eps,
+            out.dtype,
         )
-    return apply_fake_quantize(
-        x,
-        scale,
-        zero_point,
-        offset,
-        qrange,
-        axis=axis,
-        group_size=group_size,
-        eps=eps,
-        ste_mask=ste_mask,
-        grad_scale=grad_scale,
-        out_dtype=out_dtype,
-        clip=CLIPS[activation],
-    )
+    return apply_fake_quantize(x, scale, zero_point, offset, options)
 
 
 def _into(

@@ -9,6 +9,7 @@ TRITON, LAYOUT = "fastqat/ops/triton/math.py", "fastqat/ops/triton/layout.py"
 
 BY_ORACLE = ("tests/test_reference.py", "-k", "test_oracle_agrees and (float32 or shapes) or onnx or vector")
 CPU_VALUES = ("tests/test_conformance.py", "-k", "cpu and fake_quantize and (critical or shapes) and float32")
+CPU_SHARES = ("tests/test_conformance.py", "-k", "cpu and test_large and fake_quantize and not backward")
 CPU_SUMS = ("tests/test_conformance.py", "-k", "cpu and fake_quantize_backward and same_bits")
 MULTI, OSCILLATION = "fastqat/ops/multi_tensor.py", "csrc/oscillation.h"
 BY_ALGORITHM = ("tests/test_multi_tensor.py", "-k", "algorithm or (reference and trace)")
@@ -49,9 +50,11 @@ def plant(name: str, tests: tuple[str, ...], *replacements: tuple[str, str, str]
 
 
 IN_FINISHING_ORDER = (
-    "        double& result = partial_[p * width_ + i][q];\n",
+    "      for (int q = 0; q < kTerms; ++q) partial_[p * width_ + i][q] = merged[q][i];\n",
+    "      for (int q = 0; q < kTerms; ++q) {\n"
     "        static std::mutex mutex;\n        std::lock_guard<std::mutex> guard(mutex);\n"
-    "        double& result = partial_[cut_.by_rows ? p / cut_.per_row * cut_.per_row : p * width_ + i][q];\n",
+    "        double& result = partial_[cut_.by_rows ? p / cut_.per_row * cut_.per_row : p * width_ + i][q];\n"
+    "        result = Op::merge(result, merged[q][i]);\n      }\n",
 )
 
 PLANTS = (
@@ -112,6 +115,35 @@ PLANTS = (
         CPU_SUMS,
         (REDUCE, "#include <limits>\n", "#include <limits>\n#include <mutex>\n"),
         (REDUCE, *IN_FINISHING_ORDER),
+    ),
+    plant(
+        "cpu: a pair of lanes is lost where lanes become one sum",
+        CPU_VALUES,
+        (REDUCE, "std::memcpy(halves, numbers, sizeof halves);", "std::memcpy(halves, numbers, sizeof halves - 8);"),
+    ),
+    plant(
+        "cpu: the elements behind the last whole vector are no part of a sum",
+        CPU_VALUES,
+        (REDUCE, "Op::merge(lanes[q][lane], rest[q][lane])", "lanes[q][lane]"),
+    ),
+    plant(
+        "cpu: the end of a thread's share is left to nobody",
+        CPU_SHARES,
+        ("csrc/cpu/threads.h", "shares[t].end = (t + 1) * n / count;", "shares[t].end = (t + 1) * n / count - t;"),
+    ),
+    plant(
+        "the checks of a call remember too little of it",
+        ("tests/test_functional.py", "-k", "differ_in_one"),
+        ("fastqat/functional.py", "_described(offset),", "None,"),
+    ),
+    plant(
+        "the checks of a call take True for 1",
+        ("tests/test_bad_arguments.py", "-k", "after_a_good"),
+        (
+            "fastqat/functional.py",
+            "@functools.lru_cache(maxsize=4096, typed=True)",
+            "@functools.lru_cache(maxsize=4096)",
+        ),
     ),
     plant(
         "reference: every second change is an oscillation",
@@ -205,7 +237,7 @@ PLANTS = (
     plant(
         "cpu: Inf widens a range",
         CPU_ONE,
-        (ONE_TENSOR, "if (highest == kInfinity) extremes_loop(x, rows, n);", ""),
+        (ONE_TENSOR, "if (highest == kInfinity) extremes_loop(x, extremes, n);", ""),
     ),
     plant(
         "cpu: NaN has another code than 0",

@@ -124,6 +124,28 @@ def test_bad_argument(call: Callable, exception: type[Exception], name: str, wan
     assert wanted in before and got in after
 
 
+C = torch.ones(4)
+# name, a good call, and one whose arguments are equal to its, but wrong
+EQUAL = (
+    ("qmax", lambda: fq(qmax=1), lambda: fq(qmax=True)),
+    ("qmin", lambda: fq(qmin=-8), lambda: fq(qmin=-8.0)),
+    ("axis", lambda: fq(axis=0, scale=C), lambda: fq(axis=False, scale=C)),
+    ("group_size", lambda: fq(axis=0, scale=torch.ones(4, 6), group_size=1), lambda: fq(axis=0, group_size=True)),
+    ("eps", lambda: fq(eps=1), lambda: fq(eps=True)),
+    ("grad_scale", lambda: fq(grad_scale=1.0), lambda: fq(grad_scale=True)),
+    ("scale", lambda: fq(scale=S), lambda: fq(scale=-S)),
+)
+
+
+@pytest.mark.parametrize("name, good, bad", EQUAL, ids=[name for name, *_ in EQUAL])
+def test_bad_argument_after_a_good_call(name: str, good: Callable, bad: Callable) -> None:
+    """What is remembered of a good call hides no error, and a bad call is remembered as no good one."""
+    for _ in range(2):
+        good()
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: wanted "):
+            bad()
+
+
 def test_scale_on_a_device_is_not_read() -> None:
     """With eps the values of a scale are not looked at: what is below eps counts as eps."""
     assert fq(x=torch.tensor([3.0]), scale=-S, eps=0.5).item() == 3.0

@@ -225,6 +225,52 @@ def test_training_after_inference_and_after_fake_tensors(scope: Callable) -> Non
     x = X.clone().requires_grad_()
     functional.fake_quantize(x, torch.ones(1), qmin=codes[0], qmax=codes[1]).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+    with scope() as mode:  # and the other way round
+        x, scale = (mode.from_tensor(t) if mode else t for t in (X, torch.ones(1)))
+        assert type(functional.fake_quantize(x, scale, qmin=codes[0], qmax=codes[1])) is type(x)
+
+
+def test_calls_that_differ_in_one_argument() -> None:
+    """What a call asks for is its own, whatever calls came before it that differ from it in one thing."""
+    scale, zero, channels = torch.full((1,), 0.2), torch.full((1,), 1.6), torch.linspace(0.1, 0.4, 6)
+    changes: tuple[dict[str, Any], ...] = (
+        {},
+        {"zero_point": zero},
+        {"offset": zero},
+        {"qmin": -5},
+        {"qmax": 2},
+        {"scale": channels, "axis": 1},
+        {"scale": channels[:4], "axis": 0},
+        {"scale": channels[:4].view(4, 1).repeat(1, 2), "axis": 0, "group_size": 12},
+        {"eps": 0.5},
+        {"ste_mask": "unrounded"},
+        {"grad_scale": "lsq"},
+        {"grad_scale": 3.0},
+        {"out_dtype": torch.bfloat16},
+        {"activation": "relu"},
+        {"activation": "relu6"},
+    )
+
+    def results(change: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
+        call = {"scale": scale, "qmin": -40, "qmax": 39, **change}
+        call["scale"] = call["scale"].clone().requires_grad_()
+        x = (X * 8).to(dtype)
+        x[0, 0, 0, 0] = 7.85  # between the two masks
+        x.requires_grad_()
+        y = functional.fake_quantize(x, **call)
+        return [y, *torch.autograd.grad(y.float().square().sum(), (x, call["scale"]))]
+
+    cases = [(change, dtype) for change in changes for dtype in (torch.float32, torch.float16)]
+    fresh = []
+    for case in cases:
+        functional._memory.cache_clear()
+        fresh.append(results(*case))
+    for case, wants in zip(cases, fresh, strict=True):  # each comes after all others now
+        for got, want in zip(results(*case), wants, strict=True):
+            assert got.dtype == want.dtype and torch.equal(got, want), case
+    plain = [t.flatten().tolist() for t in fresh[0]]
+    for case, got in zip(cases[1:], fresh[1:], strict=True):
+        assert [t.flatten().tolist() for t in got] != plain, case  # or the change would not show
 
 
 @pytest.mark.parametrize("axis", [None, 0, -1])

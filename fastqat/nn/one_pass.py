@@ -73,17 +73,14 @@ def quantize_with_gradients(
         axis: in [0, x.dim()), or None.
         scale, zero_point: of the quantizer, or of a range that follows the data.
     """
-    return autograd.apply_fake_quantize(
-        x,
-        scale,
-        zero_point,
-        quantizer.grid_offset(),
+    options = autograd.Options(
         quantizer.qrange,
-        axis=axis,
-        group_size=quantizer.group_size,
-        eps=quantizer.eps,
-        ste_mask=quantizer.ste_mask,
-        grad_scale=quantizer.grad_scale,
-        out_dtype=out_dtype,
-        clip=clip,
+        axis,
+        quantizer.group_size,
+        quantizer.eps,
+        quantizer.ste_mask == "rounded",
+        *autograd.lsq_or_factor(quantizer.grad_scale),
+        clip,
+        out_dtype,
     )
+    return autograd.apply_fake_quantize(x, scale, zero_point, quantizer.grid_offset(), options)
