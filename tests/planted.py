@@ -133,7 +133,7 @@ PLANTS = (
     ),
     plant(
         "the checks of a call remember too little of it",
-        ("tests/test_functional.py", "-k", "differ_in_one"),
+        ("tests/test_bad_arguments.py", "-k", "after_a_good"),
         ("fastqat/functional.py", "_described(offset),", "None,"),
     ),
     plant(

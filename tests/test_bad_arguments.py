@@ -125,8 +125,8 @@ def test_bad_argument(call: Callable, exception: type[Exception], name: str, wan
 
 
 C = torch.ones(4)
-# name, a good call, and one whose arguments are equal to its, but wrong
-EQUAL = (
+# name, a good call, and a bad one that might pass for it
+ALIKE = (
     ("qmax", lambda: fq(qmax=1), lambda: fq(qmax=True)),
     ("qmin", lambda: fq(qmin=-8), lambda: fq(qmin=-8.0)),
     ("axis", lambda: fq(axis=0, scale=C), lambda: fq(axis=False, scale=C)),
@@ -134,10 +134,14 @@ EQUAL = (
     ("eps", lambda: fq(eps=1), lambda: fq(eps=True)),
     ("grad_scale", lambda: fq(grad_scale=1.0), lambda: fq(grad_scale=True)),
     ("scale", lambda: fq(scale=S), lambda: fq(scale=-S)),
+    ("zero_point", lambda: fq(zero_point=S), lambda: fq(zero_point=torch.ones(2))),
+    ("zero_point", lambda: fq(), lambda: fq(zero_point=STEP)),
+    ("offset", lambda: fq(offset=S), lambda: fq(offset=S.to("meta"))),
+    ("offset", lambda: fq(), lambda: fq(offset=S.half())),
 )
 
 
-@pytest.mark.parametrize("name, good, bad", EQUAL, ids=[name for name, *_ in EQUAL])
+@pytest.mark.parametrize("name, good, bad", ALIKE, ids=[name for name, *_ in ALIKE])
 def test_bad_argument_after_a_good_call(name: str, good: Callable, bad: Callable) -> None:
     """What is remembered of a good call hides no error, and a bad call is remembered as no good one."""
     for _ in range(2):
