@@ -10,11 +10,13 @@ template <int kTerms, bool kRounded, Path kPath, bool kOffset, class Channels>
 FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, double* const* sums, int64_t n,
                          const Channels& given) {
   const Channels channels = given;
-  reduce_span<Sum, kTerms, Channels::kRow>(n, sums, [&](int64_t i) __attribute__((always_inline)) {
+  auto element = [&](int64_t i) __attribute__((always_inline)) {
     Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded>(g[i], x[i], channels[i]);
     dx[i] = d.dx;
     return terms_of(d);
-  });
+  };
+  auto before = [&](int64_t i) __attribute__((always_inline)) { read_last(g, x, i); };
+  reduce_span<Sum, kTerms, Channels::kRow>(n, sums, element, before);
 }
 
 template <int kTerms, bool kRounded, bool kOffset, class Channels>

@@ -38,11 +38,16 @@ struct Max {
   }
 };
 
+struct Nothing {
+  inline __attribute__((always_inline)) void operator()(int64_t) const {}
+};
+
 // Reduces the first kTerms of the array terms_of(i), for i in [start, stop), to a number per lane, each of a kLanes-th
-// of the elements. For use in a kernel loop: terms_of may store results. lanes: [kTerms][kLanes]
-template <class Op, int kTerms, class TermsOf>
+// of the elements. For use in a kernel loop: terms_of may store results; before(i) is called before kLanes elements
+// from i on. lanes: [kTerms][kLanes]
+template <class Op, int kTerms, class TermsOf, class Before = Nothing>
 inline __attribute__((always_inline)) void reduce_lanes(int64_t start, int64_t stop, float (*lanes)[kLanes],
-                                                        const TermsOf& terms_of) {
+                                                        const TermsOf& terms_of, const Before& before = {}) {
   const int64_t whole = stop - (stop - start) % kLanes;
   float rest[std::max(kTerms, 1)][kLanes];  // apart: what is written at any index is not kept in registers
   for (int q = 0; q < kTerms; ++q) std::fill_n(lanes[q], kLanes, Op::kIdentity);
@@ -51,9 +56,11 @@ inline __attribute__((always_inline)) void reduce_lanes(int64_t start, int64_t s
     auto terms = terms_of(i);
     for (int q = 0; q < kTerms; ++q) into[q][lane] = Op::merge(into[q][lane], terms[q]);
   };
-  for (int64_t i = start; i < whole; i += kLanes)
+  for (int64_t i = start; i < whole; i += kLanes) {
+    before(i);
 #pragma GCC ivdep
     for (int64_t lane = 0; lane < kLanes; ++lane) merge(i + lane, lanes, lane);
+  }
   for (int64_t i = whole; i < stop; ++i) merge(i, rest, i - whole);
   for (int q = 0; q < kTerms; ++q)
     for (int lane = 0; lane < kLanes; ++lane) lanes[q][lane] = Op::merge(lanes[q][lane], rest[q][lane]);
@@ -77,8 +84,9 @@ inline __attribute__((always_inline)) double fold(const double* numbers) {
 }
 
 // The same to float64: of a row one number; of columns, the term of each. reduced: [kTerms][1 or n]
-template <class Op, int kTerms, bool kRow, class TermsOf>
-inline __attribute__((always_inline)) void reduce_span(int64_t n, double* const* reduced, const TermsOf& terms_of) {
+template <class Op, int kTerms, bool kRow, class TermsOf, class Before = Nothing>
+inline __attribute__((always_inline)) void reduce_span(int64_t n, double* const* reduced, const TermsOf& terms_of,
+                                                       const Before& before = {}) {
   if (!kRow) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
@@ -91,7 +99,7 @@ inline __attribute__((always_inline)) void reduce_span(int64_t n, double* const*
   std::fill_n(total, kTerms, static_cast<double>(Op::kIdentity));
   for (int64_t start = 0; start < n; start += kBlock) {
     float lanes[std::max(kTerms, 1)][kLanes];
-    reduce_lanes<Op, kTerms>(start, std::min(start + kBlock, n), lanes, terms_of);
+    reduce_lanes<Op, kTerms>(start, std::min(start + kBlock, n), lanes, terms_of, before);
     for (int q = 0; q < kTerms; ++q) {
       double wide[kLanes];
       std::copy_n(lanes[q], kLanes, wide);
