@@ -13,7 +13,8 @@ namespace {
 
 // Values, and the index of each weight's own code; a NaN has any. x, y, now: [n]
 template <class Word, bool kFast, bool kOffset, class Channels>
-FASTQAT_CLONES void quantize_loop(const float* x, float* y, Word* now, int64_t n, Channels channels) {
+FASTQAT_CLONES void quantize_loop(const float* x, float* y, Word* now, int64_t n, const Channels& given) {
+  const Channels channels = given;
   for (int64_t i = 0; i < n; ++i) {
     Channel ch = channels[i];
     float own = level<kFast>(shifted<kOffset>(x[i], ch), ch);
@@ -43,7 +44,8 @@ FASTQAT_CLONES void settle_loop(Word* now, const Word* words, uint8_t* attention
 
 // Values of these indices; those of NaN stay. x, y, now: [n]
 template <class Word, bool kOffset, class Channels>
-FASTQAT_CLONES void value_loop(const float* x, float* y, const Word* now, int64_t n, Channels channels) {
+FASTQAT_CLONES void value_loop(const float* x, float* y, const Word* now, int64_t n, const Channels& given) {
+  const Channels channels = given;
   for (int64_t i = 0; i < n; ++i) {
     Channel ch = channels[i];
     float held = value<kOffset>(ch.low + static_cast<float>(now[i]), ch);

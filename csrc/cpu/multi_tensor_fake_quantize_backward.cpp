@@ -15,15 +15,18 @@ struct Prepared {
 };
 
 template <int kTerms, bool kRounded, Path kPath, bool kOffset, Kind kKind, class Channels>
-FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, double* const* sums, int64_t n, Channels channels,
-                         Prepared prepared) {
-  reduce_span<Sum, kTerms, Channels::kRow>(n, sums, [&](int64_t i) __attribute__((always_inline)) {
+FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, double* const* sums, int64_t n,
+                         const Channels& given, Prepared prepared) {
+  const Channels channels = given;
+  auto element = [&](int64_t i) __attribute__((always_inline)) {
     Extras extras{prepared.held[i], prepared.factor[i], prepared.within, prepared.dampening,
                   kKind == Kind::stochastic ? prepared.drawn[i] : 0.0f};
     Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded, kKind>(g[i], x[i], channels[i], extras);
     dx[i] = d.dx;
     return terms_of(d);
-  });
+  };
+  auto before = [&](int64_t i) __attribute__((always_inline)) { read_last(g, x, i); };
+  reduce_span<Sum, kTerms, Channels::kRow>(n, sums, element, before);
 }
 
 // The two kinds that training with freezing and dampening needs have a fast path, the others take `extras`.
@@ -52,7 +55,8 @@ auto extended_loop(Path path, bool offset_grid, bool rounded_mask, Kind kind) {
 
 // held[i] = level of a settled weight, NaN of others. words, held: [n]
 template <class Word, class Channels>
-FASTQAT_CLONES void hold(const Word* words, float* held, int64_t n, Channels channels) {
+FASTQAT_CLONES void hold(const Word* words, float* held, int64_t n, const Channels& given) {
+  const Channels channels = given;
   const float none = __builtin_nanf("");
   for (int64_t i = 0; i < n; ++i) {
     float last = channels[i].low + static_cast<float>(index_of(words[i]));
@@ -70,8 +74,9 @@ FASTQAT_CLONES bool any_settled(const Word* words, int64_t n) {
 
 // factor[i] = E. g, x, factor: [n]
 template <int64_t kEstimator, class Channels>
-FASTQAT_CLONES void factors(const float* g, const float* x, float* factor, int64_t n, Channels channels,
+FASTQAT_CLONES void factors(const float* g, const float* x, float* factor, int64_t n, const Channels& given,
                             bool offset_grid, float strength, float peak) {
+  const Channels channels = given;
   for (int64_t i = 0; i < n; ++i) {
     Channel ch = channels[i];
     float t = offset_grid ? x[i] - ch.shift : x[i];
