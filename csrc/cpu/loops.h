@@ -27,7 +27,7 @@ inline __attribute__((always_inline)) std::array<Product, 2> terms_of(const Grad
 // Asks for what follows element i of tensors that are not read again for long: with this hint they do not push out of
 // the last-level cache what is, such as results whose memory is used again and again.
 inline __attribute__((always_inline)) void read_last(const float* g, const float* x, int64_t i) {
-  constexpr int64_t kAhead = 64;
+  constexpr int64_t kAhead = 96;
   __builtin_prefetch(g + i + kAhead, 0, 0);
   __builtin_prefetch(x + i + kAhead, 0, 0);
 }
