@@ -134,13 +134,13 @@ PLANTS = (
     plant(
         "the checks of a call remember too little of it",
         ("tests/test_bad_arguments.py", "-k", "after_a_good"),
-        ("fastqat/functional.py", "_described(offset),", "None,"),
+        ("fastqat/arguments.py", "_described(offset),", "None,"),
     ),
     plant(
         "the checks of a call take True for 1",
         ("tests/test_bad_arguments.py", "-k", "after_a_good"),
         (
-            "fastqat/functional.py",
+            "fastqat/arguments.py",
             "@functools.lru_cache(maxsize=4096, typed=True)",
             "@functools.lru_cache(maxsize=4096)",
         ),

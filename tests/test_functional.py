@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastqat import functional
+from fastqat import arguments, functional
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRANULARITIES = ((None, None), (0, None), (1, None), (-1, None), (0, 12), (1, 8), (2, 3))
@@ -263,7 +263,7 @@ def test_calls_that_differ_in_one_argument() -> None:
     cases = [(change, dtype) for change in changes for dtype in (torch.float32, torch.float16)]
     fresh = []
     for case in cases:
-        functional._memory.cache_clear()
+        arguments._memory.cache_clear()
         fresh.append(results(*case))
     for case, wants in zip(cases, fresh, strict=True):  # each comes after all others now
         for got, want in zip(results(*case), wants, strict=True):

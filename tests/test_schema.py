@@ -149,7 +149,7 @@ def test_backends_are_listed() -> None:
 # Lower may not import higher; modules of one rank may import each other. The root re-exports what is below it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops", "_version"),
-    ("functional", "autograd", "multi_tensor", "one_tensor", "dorefa", "gradients"),
+    ("functional", "arguments", "autograd", "multi_tensor", "one_tensor", "dorefa", "gradients"),
     ("ranges", "schedules"),
     ("nn",),
     ("<method>",),
