@@ -7,6 +7,9 @@
 
 namespace fastqat::cpu {
 
+// All loops take their channels by reference and copy the fields themselves: a caller would copy them 16 bytes at a
+// time, and wait until the stores of four that they were written with are done.
+
 // y[i] = fake_quantize(x[i]). x, y: [n]
 template <class Channels>
 using ForwardLoop = void (*)(const float* x, float* y, int64_t n, const Channels& channels);
