@@ -105,6 +105,7 @@ def test_a_library_that_cannot_be_loaded_is_not_fatal(tree: Path) -> None:
     assert "cannot be loaded" in used.stdout
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ here")
 def test_only_what_is_new_is_compiled_and_what_fails_leaves_nothing_old(small_tree: Path) -> None:
     """Each library succeeds or fails by itself; a changed header makes the objects anew of those who include it."""
 

@@ -12,7 +12,7 @@ import torch
 from cases import device_of, random
 from oracle import assert_results
 
-import fastqat
+import fastqat  # noqa: F401  (registers the ops)
 
 BACKENDS = ("reference", "cpu", "cuda-on-host", "cuda")
 NAMES = ("errors",)
@@ -115,11 +115,11 @@ def test_levels_all_but_hit(backend: str) -> None:
     check_shared(backend, x, (scales, None, torch.tensor([-8, 7], dtype=torch.int32)), None)
 
 
-def test_errors_to_the_last_digit() -> None:
+@pytest.mark.parametrize("backend", ("cpu",), indirect=True)
+def test_errors_to_the_last_digit(backend: str) -> None:
     """float64 throughout: at 4 bits the errors are those of float64, rounded."""
     x, (scales, _, qrange) = random((9, 4_608), 1), shared_candidates(9, 4, False, "even")
-    with fastqat.use_backend("cpu"):
-        errors = torch.ops.fastqat.range_search(x, scales, None, qrange, 0)
+    errors = torch.ops.fastqat.range_search(x, scales, None, qrange, 0)
     wide, s = x.double(), scales.double()[:, :, None]
     level = (wide / s).round().clamp(-8, 7)
     assert torch.equal(errors, (level * s - wide).square().sum(2).float())

@@ -540,6 +540,39 @@ def test_dampening_of_one_number() -> None:
     torch.testing.assert_close(w.grad, torch.tensor(1 + 2 * (0.23 - 0.2)))
 
 
+@pytest.mark.parametrize("backend", ("reference", "cpu"), indirect=True)
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"oscillation": Oscillation(momentum=0.1, freeze_threshold=0.15)},
+        {"dampening": Dampening(1.0)},
+        {"estimator": "ewgs"},
+        {"estimator": "dsq"},
+        {"estimator": "psg"},
+        {"estimator": "stochastic"},
+    ),
+    ids=lambda options: "-".join(map(str, options.values()))[:12],
+)
+def test_a_weight_of_no_dimension(backend: str, options: dict) -> None:
+    """One number without a dimension is quantized, tracked and frozen as one in a tensor of [1]."""
+    runs = []
+    for shape in ((), (1,)):
+        w = nn.Parameter(torch.zeros(shape))
+        q, seen = FakeQuant(3, range="fixed", scale=torch.tensor([0.2]), **options), []
+        for i in range(8):
+            with torch.no_grad():
+                w.fill_(0.37 if i % 2 else 0.23)
+            y = q(w)
+            assert y.shape == shape
+            (grad,) = torch.autograd.grad(y.sum(), w)
+            seen += [y.item(), grad.item()]
+            fastqat.step(q)
+        runs.append(seen)
+    assert runs[0] == runs[1]
+    if "oscillation" in options:
+        assert runs[0][-1] == 0.0  # frozen by now
+
+
 def test_a_step_that_is_set_back(plain: list[Tensor]) -> None:
     """Tracking goes on from there at once, and does not stand still until the step has caught up."""
     net = prepared()

@@ -30,11 +30,13 @@ def find() -> str:
     """Path of nvcc: in $CUDA_HOME, on the PATH, or in /usr/local/cuda.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or no C++ compiler for it to work with.
     """
     home = os.environ.get("CUDA_HOME")
     for path in (home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
         if path and os.access(path, os.X_OK):
+            if not (shutil.which("g++") or os.environ.get("NVCC_CCBIN")):
+                raise FileNotFoundError(f"{path} needs a C++ compiler: there is no g++ on the PATH, and no $NVCC_CCBIN")
             return path
     raise FileNotFoundError("there is no nvcc in $CUDA_HOME/bin, on the PATH, or in /usr/local/cuda/bin")
 

@@ -154,7 +154,8 @@ def record(index, word, held, nan, at, use_average, threshold, state):
     current = index.float()
     mean = (word.index.float() + a * at.previous_decay).round()
     candidate = torch.where(at.activates, current, mean) if use_average else current
-    due = (changed | at.sweeps) & (threshold > 0) & (f * at.decay > threshold)
+    limit = threshold[0]  # 0-dim: a weight of one number may have no dimension either
+    due = (changed | at.sweeps) & (limit > 0) & (f * at.decay > limit)
     freezes = due & free & ~nan
     moved = torch.where(changed, a + (word.index - index).float() * at.previous_growth, a)
     moved = torch.where(at.activates, 0.0, moved)
@@ -221,7 +222,7 @@ def multi_tensor_fake_quantize_backward(
         exact = level.double() * grid.scale.double()
         if dampenings[i].numel():
             in_range = free & (t >= grid.scale * grid.low) & (t <= grid.scale * grid.high)
-            dx = dx + torch.where(in_range, dampenings[i] * (t.double() - exact).float(), 0.0)
+            dx = dx + torch.where(in_range, dampenings[i][0] * (t.double() - exact).float(), 0.0)
         dxs[i].copy_(dx)
         if dscales[i].numel():
             within = exact if estimators[i] == PACT else factor.double() * t.double()
@@ -233,12 +234,12 @@ def slope_factor(estimator: int, g: Tensor, r: Tensor, grid: Grid, strength: Ten
     """E of an estimator, float32 like r."""
     f = r - r.round()
     if estimator == EWGS:
-        return 1.0 + strength * g.sign() * f
+        return 1.0 + strength[0] * g.sign() * f
     if estimator == SIGMOID:
-        k = strength.double()
+        k = strength[0].double()
         return (0.5 * k / torch.tanh(0.5 * k) / torch.cosh(k * (0.5 - f.double().abs())).square()).float()
     if estimator == PSG:
-        return strength * (f.abs() * grid.scale)
+        return strength[0] * (f.abs() * grid.scale)
     return torch.ones_like(r)
 
 
