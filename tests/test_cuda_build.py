@@ -119,12 +119,16 @@ def test_an_older_nvcc_leaves_out_what_it_does_not_know(
 
 
 def test_cuda_home_comes_first(old_nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the PATH, and without any an error that says where it was looked for."""
+    """Then the PATH, and without any an error that says where it was looked for, or what it lacks."""
+    monkeypatch.setenv("NVCC_CCBIN", "/some/compiler")
     monkeypatch.setenv("CUDA_HOME", str(Path(old_nvcc).parent.parent))
     assert nvcc.find() == old_nvcc
     monkeypatch.setenv("CUDA_HOME", "/no/such/folder")
     monkeypatch.setenv("PATH", str(Path(old_nvcc).parent))
     assert nvcc.find() == old_nvcc
+    monkeypatch.delenv("NVCC_CCBIN")
+    with pytest.raises(FileNotFoundError, match=r"needs a C\+\+ compiler: there is no g\+\+ on the PATH"):
+        nvcc.find()
     monkeypatch.setattr(nvcc.os, "access", lambda *_: False)
     with pytest.raises(FileNotFoundError, match="PATH"):
         nvcc.find()
