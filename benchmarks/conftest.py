@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import ctypes
 import datetime
 import json
 import os
@@ -17,23 +16,13 @@ import pytest
 import torch
 
 import fastqat
+from fastqat.train.pages import HUGE_PAGES, keep_pages
 
 GOALS: list[tuple[str, str, str, str, float]] = []  # label, numerator, denominator, "<=" or ">=", bound
 
 
-def keep_pages() -> None:
-    """Let the C library keep freed memory up to 32 MB a block, so that no op is charged for page faults of its result.
-
-    A training process is in that state after some steps anyway; how soon depends on what it frees in between.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    keep_pages()
+    keep_pages()  # as `fastqat train` does: no op is charged for page faults of its result
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,6 +46,7 @@ def machine() -> dict[str, object]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "huge pages": os.environ.get(HUGE_PAGES) == "1",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "fastqat": fastqat.__version__,

@@ -127,9 +127,11 @@ def train(options: dict[str, Any]) -> int:
     """Train, quantize and train quantized, as the options say; or go on with a run."""
     resume: Path | None = options.pop("resume", None)
     try:
+        from fastqat.train.pages import keep_pages
         from fastqat.train.run_folder import read_folder
         from fastqat.train.trainer import Trainer
 
+        keep_pages()
         trainer = Trainer(read_folder(resume, options) if resume else make_config(options), resume)
     except (ValueError, OSError, ImportError) as error:
         print(f"fastqat train: error: {error}", file=sys.stderr)
