@@ -46,6 +46,12 @@ struct Input {
     for (int64_t at = 0; at < n * element_size; at += kLine) __builtin_prefetch(first + at);
   }
 
+  // The elements from `offset` on of a tensor of this type.
+  template <class T>
+  const T* in_place(int64_t offset) const {
+    return static_cast<const T*>(data) + offset;
+  }
+
   const float* block(int64_t offset, int64_t n, float* buffer) const {
     switch (dtype) {
       case ScalarType::Float:
@@ -78,6 +84,12 @@ struct Output {
   ScalarType dtype;
 
   explicit Output(const Tensor& t) : data(t.data_ptr()), dtype(t.scalar_type()) {}
+
+  // As for Input.
+  template <class T>
+  T* in_place(int64_t offset) const {
+    return static_cast<T*>(data) + offset;
+  }
 
   float* block(int64_t offset, float* buffer) const {
     return dtype == ScalarType::Float ? static_cast<float*>(data) + offset : buffer;

@@ -6,13 +6,12 @@ namespace fastqat::cpu {
 namespace {
 
 // kTerms: 0 for dx alone, 1 with the sum of ds, 2 with that of the shift. dx: [n]; sums: see reduce_span
-template <int kTerms, bool kRounded, Path kPath, bool kOffset, class Channels>
-FASTQAT_CLONES void loop(const float* g, const float* x, float* dx, double* const* sums, int64_t n,
-                         const Channels& given) {
+template <int kTerms, bool kRounded, Path kPath, bool kOffset, class Channels, class G = float, class X = float>
+FASTQAT_CLONES void loop(const G* g, const X* x, X* dx, double* const* sums, int64_t n, const Channels& given) {
   const Channels channels = given;
   auto element = [&](int64_t i) __attribute__((always_inline)) {
-    Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded>(g[i], x[i], channels[i]);
-    dx[i] = d.dx;
+    Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded>(to_float(g[i]), to_float(x[i]), channels[i]);
+    dx[i] = FromFloat<X>::convert(d.dx);
     return terms_of(d);
   };
   auto before = [&](int64_t i) __attribute__((always_inline)) { read_last(g, x, i); };
@@ -26,6 +25,18 @@ BackwardLoop<Channels> of_path(Path path) {
                                  : loop<kTerms, kRounded, Path::divide, kOffset, Channels>;
 }
 
+// The fast path of a row where g, or all, are bfloat16.
+template <int kTerms, class G, class X>
+void convert_row(const Input& g, const Input& x, const Output& dx, int64_t offset, int64_t n, const Uniform& row,
+                 bool offset_grid, bool rounded_mask, double* const* sums) {
+  BackwardLoop<Uniform, G, X> run = rounded_mask
+                                        ? (offset_grid ? loop<kTerms, true, Path::fast, true, Uniform, G, X>
+                                                       : loop<kTerms, true, Path::fast, false, Uniform, G, X>)
+                                        : (offset_grid ? loop<kTerms, false, Path::fast, true, Uniform, G, X>
+                                                       : loop<kTerms, false, Path::fast, false, Uniform, G, X>);
+  run(g.in_place<G>(offset), x.in_place<X>(offset), dx.in_place<X>(offset), sums, n, row);
+}
+
 }  // namespace
 
 template <int kTerms, class Channels>
@@ -34,12 +45,36 @@ BackwardLoop<Channels> backward_loop(Path path, bool offset_grid, bool rounded_m
     return offset_grid ? of_path<kTerms, true, true, Channels>(path) : of_path<kTerms, true, false, Channels>(path);
   return offset_grid ? of_path<kTerms, false, true, Channels>(path) : of_path<kTerms, false, false, Channels>(path);
 }
-template BackwardLoop<Uniform> backward_loop<0, Uniform>(Path, bool, bool);
-template BackwardLoop<Columns> backward_loop<0, Columns>(Path, bool, bool);
-template BackwardLoop<Uniform> backward_loop<1, Uniform>(Path, bool, bool);
-template BackwardLoop<Columns> backward_loop<1, Columns>(Path, bool, bool);
-template BackwardLoop<Uniform> backward_loop<2, Uniform>(Path, bool, bool);
-template BackwardLoop<Columns> backward_loop<2, Columns>(Path, bool, bool);
+
+template <int kTerms, class Channels>
+void backward_span(const Input& g, const Input& x, const Output& dx, int64_t offset, int64_t n,
+                   const Channels& channels, bool careful, bool offset_grid, bool rounded_mask, double* const* sums) {
+  if constexpr (Channels::kRow) {
+    if (channels.fast && !careful && g.dtype == ScalarType::BFloat16 && x.dtype == dx.dtype) {
+      if (x.dtype == ScalarType::BFloat16)
+        return convert_row<kTerms, BFloat16, BFloat16>(g, x, dx, offset, n, channels, offset_grid, rounded_mask, sums);
+      if (x.dtype == ScalarType::Float)
+        return convert_row<kTerms, BFloat16, float>(g, x, dx, offset, n, channels, offset_grid, rounded_mask, sums);
+    }
+  }
+  float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock];
+  float* to = dx.block(offset, buffer_dx);
+  Path path = !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
+  backward_loop<kTerms, Channels>(path, offset_grid, rounded_mask)(g.block(offset, n, buffer_g),
+                                                                   x.block(offset, n, buffer_x), to, sums, n, channels);
+  dx.commit(offset, n, to);
+}
+
+#define FASTQAT_INSTANTIATE(kTerms, Channels)                                                                       \
+  template BackwardLoop<Channels> backward_loop<kTerms, Channels>(Path, bool, bool);                                \
+  template void backward_span<kTerms>(const Input&, const Input&, const Output&, int64_t, int64_t, const Channels&, \
+                                      bool, bool, bool, double* const*)
+FASTQAT_INSTANTIATE(0, Uniform);
+FASTQAT_INSTANTIATE(0, Columns);
+FASTQAT_INSTANTIATE(1, Uniform);
+FASTQAT_INSTANTIATE(1, Columns);
+FASTQAT_INSTANTIATE(2, Uniform);
+FASTQAT_INSTANTIATE(2, Columns);
 
 namespace {
 
@@ -67,18 +102,16 @@ struct Backward {
 
   template <int kTerms, class Channels>
   void span(int64_t offset, int64_t n, const Channels& channels, bool careful, double* const* sums) const {
+    if (clip == 0.0f)
+      return backward_span<kTerms>(g, x, dx, offset, n, channels, careful, offset_grid, rounded_mask, sums);
     float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock], clipped_x[kBlock];
-    const float* from_g = g.block(offset, n, buffer_g);
     const float* original = x.block(offset, n, buffer_x);
-    const float* from_x = original;
-    if (clip != 0.0f) {
-      clip_block(original, clipped_x, n, clip);
-      from_x = clipped_x;
-    }
+    clip_block(original, clipped_x, n, clip);
     float* to = dx.block(offset, buffer_dx);
     Path path = !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
-    backward_loop<kTerms, Channels>(path, offset_grid, rounded_mask)(from_g, from_x, to, sums, n, channels);
-    if (clip != 0.0f) mask_block(original, to, n, clip);
+    backward_loop<kTerms, Channels>(path, offset_grid, rounded_mask)(g.block(offset, n, buffer_g), clipped_x, to, sums,
+                                                                     n, channels);
+    mask_block(original, to, n, clip);
     dx.commit(offset, n, to);
   }
 

@@ -10,17 +10,24 @@ namespace fastqat::cpu {
 // All loops take their channels by reference and copy the fields themselves: a caller would copy them 16 bytes at a
 // time, and wait until the stores of four that they were written with are done.
 
-// y[i] = fake_quantize(x[i]). x, y: [n]
+// Of one span: y = fake_quantize(x). bfloat16 goes through no buffer: a loop that reads from memory, computes and
+// writes all the time keeps the memory busy, where one thing after the other does not. n <= kBlock, but for float32 to
+// float32
 template <class Channels>
-using ForwardLoop = void (*)(const float* x, float* y, int64_t n, const Channels& channels);
+void forward_span(const Input& x, const Output& y, int64_t offset, int64_t n, const Channels& channels,
+                  bool offset_grid);
 
-template <class Channels>
-ForwardLoop<Channels> forward_loop(const Channels& channels, bool offset_grid);
+// The same of piece p.
+inline void forward_piece(const Input& x, const Output& y, const Cut& cut, const Grid& grid, int64_t p) {
+  const bool in_place = x.dtype == ScalarType::Float && y.dtype == ScalarType::Float;
+  spans_of_piece(cut, grid, p, in_place ? kChunk : kBlock, [&](int64_t offset, int64_t n, const auto& channels) {
+    forward_span(x, y, offset, n, channels, grid.offset_grid());
+  });
+}
 
 // dx, and the sums of ds and of the shift by reduce_span. g, x, dx: [n]
-template <class Channels>
-using BackwardLoop = void (*)(const float* g, const float* x, float* dx, double* const* sums, int64_t n,
-                              const Channels& channels);
+template <class Channels, class G = float, class X = float>
+using BackwardLoop = void (*)(const G* g, const X* x, X* dx, double* const* sums, int64_t n, const Channels& channels);
 
 // What one element adds to the two sums, for reduce_span.
 inline __attribute__((always_inline)) std::array<Product, 2> terms_of(const Gradient& d) {
@@ -29,14 +36,20 @@ inline __attribute__((always_inline)) std::array<Product, 2> terms_of(const Grad
 
 // Asks for what follows element i of tensors that are not read again for long: with this hint they do not push out of
 // the last-level cache what is, such as results whose memory is used again and again.
-inline __attribute__((always_inline)) void read_last(const float* g, const float* x, int64_t i) {
-  constexpr int64_t kAhead = 96;
-  __builtin_prefetch(g + i + kAhead, 0, 0);
-  __builtin_prefetch(x + i + kAhead, 0, 0);
+template <class G, class X>
+inline __attribute__((always_inline)) void read_last(const G* g, const X* x, int64_t i) {
+  constexpr int64_t kAhead = 384;  // bytes
+  __builtin_prefetch(g + i + kAhead / sizeof(G), 0, 0);
+  __builtin_prefetch(x + i + kAhead / sizeof(X), 0, 0);
 }
 
 template <int kTerms, class Channels>
 BackwardLoop<Channels> backward_loop(Path path, bool offset_grid, bool rounded_mask);
+
+// Of one span, as forward_span: dx, and the sums by reduce_span.
+template <int kTerms, class Channels>
+void backward_span(const Input& g, const Input& x, const Output& dx, int64_t offset, int64_t n,
+                   const Channels& channels, bool careful, bool offset_grid, bool rounded_mask, double* const* sums);
 
 // Factor of the LSQ gradient for a tensor of this layout.
 inline double lsq_factor(const Layout& layout, const Grid& grid) {

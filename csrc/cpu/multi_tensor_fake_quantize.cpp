@@ -168,23 +168,20 @@ class Job {
   const Cut& cut() const { return cut_; }
 
   void piece(int64_t p) {
-    bool plain = !state_ && !noise_.on();
+    if (!state_ && !noise_.on()) return forward_piece(in_, out_, cut_, grid_, p);
     Visits visits;
-    spans_of_piece(cut_, grid_, p, plain && in_place_ ? kChunk : kBlock,
-                   [&](int64_t offset, int64_t n, const auto& channels) {
-                     float buffer_in[kBlock], buffer_out[kBlock], levels[kBlock];
-                     const float* x = in_.block(offset, n, buffer_in);
-                     float* y = out_.block(offset, buffer_out);
-                     if (plain)
-                       forward_loop(channels, grid_.offset_grid())(x, y, n, channels);
-                     else if (!state_)
-                       stochastic(x, y, levels, offset, n, channels);
-                     else if (state_->bytes)
-                       tracked<uint8_t>(x, y, levels, offset, n, channels, visits);
-                     else
-                       tracked<int16_t>(x, y, levels, offset, n, channels, visits);
-                     out_.commit(offset, n, y);
-                   });
+    spans_of_piece(cut_, grid_, p, kBlock, [&](int64_t offset, int64_t n, const auto& channels) {
+      float buffer_in[kBlock], buffer_out[kBlock], levels[kBlock];
+      const float* x = in_.block(offset, n, buffer_in);
+      float* y = out_.block(offset, buffer_out);
+      if (!state_)
+        stochastic(x, y, levels, offset, n, channels);
+      else if (state_->bytes)
+        tracked<uint8_t>(x, y, levels, offset, n, channels, visits);
+      else
+        tracked<int16_t>(x, y, levels, offset, n, channels, visits);
+      out_.commit(offset, n, y);
+    });
     if (!state_) return;
     state_->bytes ? flush<uint8_t>(visits) : flush<int16_t>(visits);
     for (int q = 0; q < 3; ++q)

@@ -149,6 +149,9 @@ class Job {
   void reduce(Reduction<Sum, kTerms>& reduction, int64_t p) {
     reduction.piece(grid_, p, [&](int64_t offset, int64_t n, const auto& channels, bool careful, auto sums) {
       using Channels = std::decay_t<decltype(channels)>;
+      if (!words_.numel() && dampening_ == 0.0f && estimator_ == kSte)
+        return backward_span<kTerms>(in_g_, in_x_, out_, offset, n, channels, careful, grid_.offset_grid(),
+                                     rounded_mask_, sums);
       float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock];
       const float* g = in_g_.block(offset, n, buffer_g);
       const float* x = in_x_.block(offset, n, buffer_x);

@@ -149,26 +149,21 @@ void blocks_of_piece(const Cut& cut, int64_t p, int64_t longest, const F& f) {
                    : ((offset_grid) ? loop<false, true, std::decay_t<decltype(channels)>>  \
                                     : loop<false, false, std::decay_t<decltype(channels)>>))
 
-// Piece p of an op that maps each element of one tensor to the element of another with the same layout.
-template <class PickLoop>
-void map_piece(const Input& in, const Output& out, const Cut& cut, const Grid& grid, int64_t p,
-               const PickLoop& pick_loop) {
-  bool in_place = in.dtype == ScalarType::Float && out.dtype == ScalarType::Float;
-  spans_of_piece(cut, grid, p, in_place ? kChunk : kBlock, [&](int64_t offset, int64_t n, const auto& channels) {
-    float buffer_in[kBlock], buffer_out[kBlock];
-    float* result = out.block(offset, buffer_out);
-    pick_loop(channels)(in.block(offset, n, buffer_in), result, n, channels);
-    out.commit(offset, n, result);
-  });
-}
-
+// An op that maps each element of one tensor to the element of another with the same layout.
 template <class PickLoop>
 void map_elements(const Tensor& from, const Tensor& to, std::optional<int64_t> axis, const Grid& grid,
                   const PickLoop& pick_loop) {
   const Input in(from);
   const Output out(to);
   const Cut cut(layout_of(from, axis));
-  parallel(cut, [&](int64_t p) { map_piece(in, out, cut, grid, p, pick_loop); });
+  parallel(cut, [&](int64_t p) {
+    spans_of_piece(cut, grid, p, kBlock, [&](int64_t offset, int64_t n, const auto& channels) {
+      float buffer_in[kBlock], buffer_out[kBlock];
+      float* result = out.block(offset, buffer_out);
+      pick_loop(channels)(in.block(offset, n, buffer_in), result, n, channels);
+      out.commit(offset, n, result);
+    });
+  });
 }
 
 }  // namespace fastqat::cpu

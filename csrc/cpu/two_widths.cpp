@@ -33,9 +33,7 @@ void fake_quantize_two_widths(Tensor x, Tensor scales, OptionalTensor zero_point
   const Input in(x);
   const Cut cut(layout_of(x, axis), kBlock);
   parallel(cut, [&](int64_t p) {
-    for (const Width& width : widths)
-      map_piece(in, width.out, cut, width.grid, p,
-                [&](const auto& channels) { return forward_loop(channels, width.grid.offset_grid()); });
+    for (const Width& width : widths) forward_piece(in, width.out, cut, width.grid, p);
   });
   for (Width& width : widths) width.result.deliver();
 }
