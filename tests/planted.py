@@ -94,7 +94,26 @@ PLANTS = (
     plant(
         "cpu: dropped tail",
         CPU_VALUES,
-        ("csrc/cpu/fake_quantize.cpp", "i < n; ++i) y[i] =", "i < n - n % 16; ++i) y[i] ="),
+        ("csrc/cpu/fake_quantize.cpp", "i < n; ++i)\n    y[i] =", "i < n - n % 16; ++i)\n    y[i] ="),
+    ),
+    plant(
+        "cpu: bfloat16 without a buffer takes tiny scales as well",
+        CPU_VALUES,
+        (
+            "csrc/cpu/fake_quantize.cpp",
+            "channels.fast && y.dtype == ScalarType::BFloat16 && x",
+            "y.dtype == ScalarType::BFloat16 && x",
+        ),
+    ),
+    plant(
+        "cpu: a bfloat16 row with a NaN is not done again with care",
+        CPU_VALUES,
+        ("csrc/cpu/fake_quantize_backward.cpp", "channels.fast && !careful && g", "channels.fast && g"),
+    ),
+    plant(
+        "cpu: bfloat16 gradients of float32 inputs go for bfloat16 ones",
+        CPU_VALUES,
+        ("csrc/cpu/fake_quantize_backward.cpp", "if (x.dtype == ScalarType::BFloat16)", "if (true)"),
     ),
     plant(
         "cpu: dropped tail of a sum",
