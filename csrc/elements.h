@@ -53,6 +53,16 @@ struct FromFloat<BFloat16> {
     return {static_cast<uint16_t>(v != v ? 0x7fc0u : rounded)};
   }
 };
+// A value that is one of T already.
+template <class T>
+FASTQAT_INLINE T exactly(float v) {
+  return {v};
+}
+template <>
+FASTQAT_INLINE BFloat16 exactly(float v) {
+  return {static_cast<uint16_t>(as_bits(v) >> 16)};
+}
+
 template <>
 struct FromFloat<Float16> {
   static FASTQAT_INLINE Float16 convert(float v) {

@@ -101,8 +101,8 @@ PLANTS = (
         CPU_VALUES,
         (
             "csrc/cpu/fake_quantize.cpp",
-            "channels.fast && y.dtype == ScalarType::BFloat16 && x",
-            "y.dtype == ScalarType::BFloat16 && x",
+            "channels.fast && y.dtype == ScalarType::BFloat16",
+            "y.dtype == ScalarType::BFloat16",
         ),
     ),
     plant(

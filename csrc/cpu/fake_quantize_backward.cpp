@@ -11,7 +11,7 @@ FASTQAT_CLONES void loop(const G* g, const X* x, X* dx, double* const* sums, int
   const Channels channels = given;
   auto element = [&](int64_t i) __attribute__((always_inline)) {
     Gradient d = fastqat::fake_quantize_backward<kPath, kOffset, kRounded>(to_float(g[i]), to_float(x[i]), channels[i]);
-    dx[i] = FromFloat<X>::convert(d.dx);
+    dx[i] = exactly<X>(d.dx);  // that of g, or zero
     return terms_of(d);
   };
   auto before = [&](int64_t i) __attribute__((always_inline)) { read_last(g, x, i); };
