@@ -32,7 +32,7 @@ WARM_UP = 2
 
 
 def measure(network: str, keeps: bool) -> dict[str, float]:
-    """Median milliseconds of a step of this process, page faults of a step, and its peak in MB."""
+    """Median milliseconds of a step of this process, and its peak in MB."""
     if keeps:
         keep_pages()
     torch.manual_seed(0)
@@ -42,17 +42,15 @@ def measure(network: str, keeps: bool) -> dict[str, float]:
     images = torch.randn(BATCH, *IMAGE).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (BATCH,))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    seconds, faults = [], []
+    seconds = []
     for _ in range(WARM_UP + STEPS[network]):
-        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        start = time.perf_counter()
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return {
         "ms": round(statistics.median(seconds[WARM_UP:]) * 1e3, 1),
-        "faults": statistics.median(faults[WARM_UP:]),
         "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
@@ -71,8 +69,7 @@ def compare(network: str, pairs: int) -> dict[str, object]:
     row: dict[str, object] = {"network": network, "pairs": pairs}
     for key in runs[0][0]:
         row[key] = [round(statistics.median(run[side][key] for run in runs), 1) for side in (0, 1)]
-        if key != "faults":
-            row[f"{key}, ratio"] = round(statistics.median(kept[key] / plain[key] for plain, kept in runs), 3)
+        row[f"{key}, ratio"] = round(statistics.median(kept[key] / plain[key] for plain, kept in runs), 3)
     print(row, flush=True)
     return row
 
