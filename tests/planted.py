@@ -97,6 +97,11 @@ PLANTS = (
         ("csrc/cpu/fake_quantize.cpp", "i < n; ++i)\n    y[i] =", "i < n - n % 16; ++i)\n    y[i] ="),
     ),
     plant(
+        "cpu: dropped tail of bfloat16 where the CPU rounds to it",
+        CPU_VALUES,
+        ("csrc/cpu/fake_quantize.cpp", "i = whole; i < n; ++i) y[i]", "i = whole; i < n - 1; ++i) y[i]"),
+    ),
+    plant(
         "cpu: bfloat16 without a buffer takes tiny scales as well",
         CPU_VALUES,
         (

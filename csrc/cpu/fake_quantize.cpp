@@ -35,20 +35,16 @@ FASTQAT_AVX512_BF16 void instruction_loop(const In* x, BFloat16* y, int64_t n, c
   for (int64_t i = whole; i < n; ++i) y[i] = FromFloat<BFloat16>::convert(element(i));
 }
 
+#endif
+
 template <class In>
 RowLoop<In> zero_point_loop() {
+#ifdef FASTQAT_AVX512_BF16
   static const bool has_instruction = has_avx512_bf16();
-  return has_instruction ? instruction_loop<In> : loop<true, false, Uniform, In, BFloat16>;
-}
-
-#else
-
-template <class In>
-RowLoop<In> zero_point_loop() {
+  if (has_instruction) return instruction_loop<In>;
+#endif
   return loop<true, false, Uniform, In, BFloat16>;
 }
-
-#endif
 
 template <class In>
 void to_bfloat16(const Input& x, const Output& y, int64_t offset, int64_t n, const Uniform& row, bool offset_grid) {

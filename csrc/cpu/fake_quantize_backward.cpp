@@ -59,7 +59,7 @@ void backward_span(const Input& g, const Input& x, const Output& dx, int64_t off
   }
   float buffer_g[kBlock], buffer_x[kBlock], buffer_dx[kBlock];
   float* to = dx.block(offset, buffer_dx);
-  Path path = !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
+  Path path = path_of(channels, careful);
   backward_loop<kTerms, Channels>(path, offset_grid, rounded_mask)(g.block(offset, n, buffer_g),
                                                                    x.block(offset, n, buffer_x), to, sums, n, channels);
   dx.commit(offset, n, to);
@@ -108,7 +108,7 @@ struct Backward {
     const float* original = x.block(offset, n, buffer_x);
     clip_block(original, clipped_x, n, clip);
     float* to = dx.block(offset, buffer_dx);
-    Path path = !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
+    Path path = path_of(channels, careful);
     backward_loop<kTerms, Channels>(path, offset_grid, rounded_mask)(g.block(offset, n, buffer_g), clipped_x, to, sums,
                                                                      n, channels);
     mask_block(original, to, n, clip);

@@ -43,6 +43,12 @@ inline __attribute__((always_inline)) void read_last(const G* g, const X* x, int
   __builtin_prefetch(x + i + kAhead / sizeof(X), 0, 0);
 }
 
+// careful: after the fast path has met a NaN.
+template <class Channels>
+Path path_of(const Channels& channels, bool careful) {
+  return !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
+}
+
 template <int kTerms, class Channels>
 BackwardLoop<Channels> backward_loop(Path path, bool offset_grid, bool rounded_mask);
 

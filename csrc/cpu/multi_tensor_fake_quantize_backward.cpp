@@ -156,7 +156,7 @@ class Job {
       const float* g = in_g_.block(offset, n, buffer_g);
       const float* x = in_x_.block(offset, n, buffer_x);
       float* dx = out_.block(offset, buffer_dx);
-      Path path = !channels.fast ? Path::divide : careful ? Path::careful : Path::fast;
+      Path path = path_of(channels, careful);
       Prepared prepared{kConstants.none, kConstants.one, kConstants.one, estimator_ == kPact ? 0.0f : 1.0f, dampening_};
       float held[kBlock], factor[kBlock], drawn[kBlock];
       Kind kind = dampening_ != 0.0f ? Kind::damped : Kind::plain;
