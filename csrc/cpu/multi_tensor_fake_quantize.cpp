@@ -67,7 +67,7 @@ void track_span(const float* x, const Word* words, float* y, uint8_t* attention,
   (offset_grid ? value_loop<Word, true, Channels> : value_loop<Word, false, Channels>)(x, y, now, n, channels);
 }
 
-// State of one tracked tensor. words, frequency, average: like x; counts: [4]; clock: [3]
+// State of one tracked tensor. words, frequency, average: like x; counts: [5]; clock: [3]
 struct State {
   Tensor words, frequency, average, counts, clock;
   Moment at;
@@ -252,7 +252,8 @@ class Job {
       Tracked weight{index_of(word), flags_of(word), frequency, average};
       bool held = weight.flags >= kSettled && !state.at.first && number;
       Event event;
-      int32_t index = record(weight, static_cast<int32_t>(own - lane.ch.low), number, state.at, event);
+      int32_t now = static_cast<int32_t>(own - lane.ch.low);
+      int32_t index = record(weight, now, number, state.at, grid_.qmin, grid_.qmax, event);
       if (held) *lane.y = value_of(lane.ch.low + static_cast<float>(index), lane.ch);
       if (!state.advance) continue;
       word = make_word<Word>(weight.index, weight.flags);

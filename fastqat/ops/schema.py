@@ -75,7 +75,8 @@ IN_PLACE_OPS: dict[str, str] = {
     #   thresholds  float32 [1], 0 freezes none; use_average: freezes at the code of the average, not at the current one
     #   words       uint8 (up to 5 bits) or int16, like x: code - qmin, last direction, frozen (fastqat/ops/words.py)
     #   frequencies, averages   float32, like x: f and (average - code), both times (1 - momentum)^-t
-    #   counts      int64 [4]: transitions, oscillations, frozen weights; transitions of the last tracked step
+    #   counts      int64 [5]: transitions, oscillations, frozen weights; transitions of the last tracked step; a
+    #               number that is the caller's own
     #   clocks      float64 [3]: (1 - momentum)^-t, the last tracked step (-1: none), its threshold
     "multi_tensor_fake_quantize": (
         f"multi_tensor_fake_quantize(Tensor[] xs, {GRIDS}, {NOISE}, float[] momenta, int[] use_average, "
