@@ -97,8 +97,9 @@ struct Event {
   bool changes, oscillates, freezes;
 };
 
-// The index of the code nearest to an average, of two the even code (an index would be odd there if qmin is). In double:
-// beside a code of 200 a float keeps no more than 2^-16 of the deviation. No average, were it NaN, leaves the grid.
+// The index of the code nearest to an average, of two the even code (an index would be odd there if qmin is). In
+// double: beside a code of 200 a float keeps no more than 2^-16 of the deviation. No average, were it NaN, leaves the
+// grid.
 FASTQAT_INLINE int32_t frozen_index(int32_t index, double deviation, float qmin, float qmax) {
   double low = qmin, high = qmax, mean = low + index + deviation;
   mean = mean > low ? mean : low;

@@ -17,8 +17,8 @@ from fastqat.ops import checks, words
 from fastqat.schedules import Schedule
 
 AGGREGATES = ("sum", "mean", "kernel_mean")
-# The last of the counts. It is odd and beyond 2^53, so that no average of it, in floats or in integers, is itself: where
-# something has averaged integers, words among them, it shows.
+# The last of the counts. It is odd and beyond 2^53, so that no average of it, in floats or in integers, is itself: it
+# shows where something has averaged integers, words among them.
 SEAL = 2**62 + 1
 _KEPT_DTYPES = {  # besides the words, as a file may hold them
     "scaled_frequency": (torch.float32, torch.float64),

@@ -115,9 +115,8 @@ def multi_tensor_fake_quantize(
         level = reference.level(r, grid)
         if momenta[i]:
             state = (state_words[i], frequencies[i], averages[i], counts[i], clocks[i])
-            level = track(
-                level, grid, state, momenta[i], bool(use_average[i]), thresholds[i], steps[i], advance, qranges[i]
-            )
+            rule = (momenta[i], bool(use_average[i]), thresholds[i])
+            level = track(level, grid, state, *rule, steps[i], advance, qranges[i])
         ys[i].copy_(reference.value(level, grid))
 
 
@@ -240,7 +239,7 @@ def multi_tensor_fake_quantize_backward(
         dx = torch.where(mask, g.float() * factor, 0.0)
         exact = level.double() * grid.scale.double()
         if dampenings[i].numel():
-            in_range = free & (t >= grid.scale * grid.low) & (t <= grid.scale * grid.high)
+            in_range = free & (t >= grid.scale * grid.low) & (t <= grid.scale * grid.high) & (dampenings[i][0] != 0)
             dx = dx + torch.where(in_range, dampenings[i][0] * (t.double() - exact).float(), 0.0)
         dxs[i].copy_(dx)
         if dscales[i].numel():

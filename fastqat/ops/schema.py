@@ -85,7 +85,8 @@ IN_PLACE_OPS: dict[str, str] = {
     ),
     # Gradients of it from one pass over (g, x, words). An empty dscale or dshift asks for none.
     #   estimators  see fastqat/ops/estimators.py; strengths: float32 [1]
-    #   dampenings  float32 [1]: k, which adds k * (x - y) to dx where x lies in the range and is not frozen
+    #   dampenings  float32 [1]: k, which adds k * (x - y) to dx where x lies in the range and is not frozen; 0 adds
+    #               nothing
     "multi_tensor_fake_quantize_backward": (
         f"multi_tensor_fake_quantize_backward(Tensor[] gs, Tensor[] xs, {GRIDS}, {NOISE}, int[] rounded_masks, "
         "int[] lsq_grad_scales, int[] estimators, Tensor[] strengths, Tensor[] dampenings, Tensor[] words, "

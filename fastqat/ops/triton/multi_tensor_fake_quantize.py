@@ -71,8 +71,9 @@ def own_level(x, at, ch, step_ptr, seed, tensor_id, FAST: tl.constexpr, OFFSET: 
 def tracked_level(own, at, mask, ch, qrange_ptr, state, moment, events_ptr, USE_AVERAGE: tl.constexpr):
     """Levels of a tile with frozen weights at theirs; records what has changed where there are events to write.
 
-    own: float32 [rows, cols]; qrange_ptr: int32 [2]; events_ptr: int32 [3], or None. Only words are read where nothing changes. Flags of the
-    moment meet those of elements in tl.where alone: the interpreter broadcasts a scalar comparison as a number.
+    own: float32 [rows, cols]; qrange_ptr: int32 [2]; events_ptr: int32 [3], or None. Only words are read where nothing
+    changes. Flags of the moment meet those of elements in tl.where alone: the interpreter broadcasts a scalar
+    comparison as a number.
     """
     word = tl.load(state.words + at, mask=mask, other=0)
     flags, last = oscillation.flags_of(word), ch.low + oscillation.index_of(word).to(tl.float32)
