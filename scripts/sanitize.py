@@ -1,8 +1,8 @@
 """The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: ``python scripts/sanitize.py [for pytest]``.
 
-Builds ``_C`` with them into build/sanitized, beside a copy of the package that the installed library does not touch, and
-runs there the tests that call the kernels: conformance, random calls, ops on many tensors and on one. A report ends the
-run. No clones for other instruction sets are made, so that it is this machine's code that is judged.
+Builds ``_C`` with them in a copy of the tree, build/sanitized, which leaves the installed library alone, and runs there
+the tests that call the kernels: conformance, random calls, ops on many tensors and on one. A report ends the run. No
+clones for other instruction sets are made, so that it is this machine's code that is judged.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ TESTS = (
     "test_multi_tensor_gradients.py",
     "test_frozen_codes.py",
     "test_nan_grids.py",
+    "test_accuracy.py",
     "test_one_tensor.py",
     "test_one_tensor_edges.py",
     "test_range_search.py",
