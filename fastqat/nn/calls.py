@@ -188,7 +188,7 @@ class Facts(NamedTuple):
             # The same Parameter may have another memory (.data = ...), of another form.
             values += (w.shape, w.stride(), w.device, scale.shape, scale.dtype, scale.device)
             values += (m.is_differentiable(), _options(quantizer))
-            objects += (w, quantizer["_clock"], *parameters.values(), *quantizer["_buffers"].values())
+            objects += (w, quantizer["clock"], *parameters.values(), *quantizer["_buffers"].values())
             if tracker is not None:
                 objects += tracker._buffers.values()
                 values += (tracker.options, tracker.momentum)

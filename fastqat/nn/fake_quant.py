@@ -19,7 +19,8 @@ from fastqat.nn.sized import SizedQuantizer
 from fastqat.nn.spec import QSpec
 from fastqat.nn.tracking import Dampening
 from fastqat.ops import checks
-from fastqat.ops.estimators import ESTIMATORS, kernel_strength
+from fastqat.ops.estimators import ESTIMATORS, STOCHASTIC, kernel_strength
+from fastqat.schedules import Schedule
 
 
 class FakeQuant(SizedQuantizer):
@@ -130,6 +131,7 @@ class FakeQuant(SizedQuantizer):
         checks.float_tensor("x", x)
         if isinstance(x, nn.Parameter) and not torch.compiler.is_compiling():
             self.follows(x)
+        self.mark_forward()
         clip = CLIPS[self.activation]
         if self._calibrating:
             x = activated(x, clip)
@@ -200,9 +202,19 @@ class FakeQuant(SizedQuantizer):
         """The quantized weight, where :func:`quantize_weights_together` has it; else None."""
         together = self.together
         value = together.get(weight, dtype)
+        if value is not None:
+            self.mark_forward()
         if value is not None and value.requires_grad and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
             self.keep(together._replace(again=False))
         return value
+
+    def needs_time(self) -> bool:
+        """True if it tracks, follows a schedule, draws noise, or moves its range once in a step."""
+        scheduled = self.dampening is not None and isinstance(self.dampening.weight, Schedule)
+        noisy = ESTIMATORS[self.estimator][0] == STOCHASTIC
+        return (self.tracked and self.is_following) or (
+            self.fake_quant_enabled and (self.tracker is not None or scheduled or noisy)
+        )
 
     def advanced(self) -> None:
         """Forget what was quantized before the step."""

@@ -212,6 +212,7 @@ class GradientFakeQuant(QuantizerState):
         if torch._C._are_functorch_transforms_active():
             wanted = "no gradient quantizer under a torch.func transform"
             checks.fail(NotImplementedError, f"layer {self.layer_name!r}", wanted, f"method={self.spec.method!r}")
+        self.mark_forward()
         if torch.compiler.is_compiling():
             self._check_compilable()
         else:
@@ -289,6 +290,12 @@ class GradientFakeQuant(QuantizerState):
             self.get_buffer("new_low").copy_(low)
             self.get_buffer("new_high").copy_(high)
         self.initialized = True
+
+    def needs_time(self) -> bool:
+        """True if it draws noise, or its grid moves once in a step."""
+        return self.fake_quant_enabled and (
+            self.spec.rounding == "stochastic" or self.spec.method not in ("minmax", "fixed")
+        )
 
     def advanced(self) -> None:
         """Count a step of the optimizer."""
