@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastqat.nn.owner import Absence, Place, common_place, looks_of
+from fastqat.nn.owner import Absence, Place, common_place, has_gradients, looks_of
 
 if TYPE_CHECKING:
     from fastqat.nn.timed import Timed
 
-PATIENCE = 20  # forward passes in which a clock may stand still before a warning
+PATIENCE = 20  # forward passes, or steps of others, in which a clock may stand still before a warning
 ANCHOR = "fake_quant_clock"  # attribute of the model that was prepared
 _RESEARCH = 16  # steps of an optimizer that owned nothing of a model until it is looked at again
 
@@ -42,7 +42,7 @@ class Clock:
 
     Attributes:
         members: the quantizers.
-        ran: True once a training forward with gradients ran since the last step.
+        ran: True once a training forward with gradients ran eagerly since the last step.
         is_waiting: True until it first moves, or has warned that it does not.
     """
 
@@ -54,7 +54,7 @@ class Clock:
         self.is_waiting = True
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since it last moved, with who moved it
         self._first: weakref.ref[Timed] | None = None  # the quantizer whose forward passes are counted
-        self._forwards = self._foreign_steps = 0
+        self._forwards = 0
         self._idle = 0  # forward passes of quantizers that need no time, before the first of one that does
         self._backward = -1  # the backward pass whose hooks moved it last
 
@@ -107,19 +107,6 @@ class Clock:
             self._forwards += 1
             if self._forwards >= PATIENCE:
                 self._warn(quantizer)
-
-    def count_foreign_step(self) -> None:
-        """Count the step of an optimizer that owns nothing here, where a forward pass ran, if only a compiled one."""
-        if not (self.is_waiting and self.ran):
-            return
-        self.ran = False
-        self._foreign_steps += 1
-        if self._foreign_steps >= PATIENCE:
-            waiting = next((m for m in self.members if not m.by_hand and m.needs_time()), None)
-            if waiting is None:
-                self._foreign_steps = 0
-            else:
-                self._warn(waiting)
 
     def name_of(self, quantizer: Timed) -> str:
         """Name of a quantizer, for messages."""
@@ -190,6 +177,7 @@ class ModelClock(Clock):
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self._root = weakref.ref(root)
+        self._foreign_steps = 0
         self._known: weakref.WeakKeyDictionary[Optimizer, Place | Absence] = weakref.WeakKeyDictionary()
         _models.add(self)
         _listen()
@@ -208,6 +196,21 @@ class ModelClock(Clock):
         root = self.root
         names = () if root is None else (name for name, module in root.named_modules() if module is quantizer)
         return next(iter(names), super().name_of(quantizer))
+
+    def count_foreign_step(self) -> None:
+        """Count the step of an optimizer that owns nothing here; warn where the model gets gradients all the same.
+
+        Compiled forward passes are not counted otherwise.
+        """
+        if not self.is_waiting:
+            return
+        self._foreign_steps += 1
+        root = self.root
+        if self._foreign_steps % PATIENCE or root is None or not has_gradients(root):
+            return
+        waiting = next((m for m in self.members if m.training and not m.by_hand and m.needs_time()), None)
+        if waiting is not None:
+            self._warn(waiting)
 
     def is_owned_by(self, optimizer: Optimizer) -> bool:
         """True if the optimizer trains a parameter of the model as it is now."""

@@ -10,12 +10,20 @@ from torch.optim.optimizer import Optimizer
 
 
 class Place(NamedTuple):
-    """Where a model and an optimizer hold the same parameter: names of modules from the root on, and two indices."""
+    """Where a model and an optimizer hold the same parameter.
+
+    Args:
+        path: names of modules from the root on.
+        name: of the parameter in the last of them.
+        group, position: in the optimizer.
+        is_frozen: it is not trained, and neither is anything else that the optimizer has.
+    """
 
     path: tuple[str, ...]
     name: str
     group: int
     position: int
+    is_frozen: bool = False
 
     def holds(self, root: nn.Module, optimizer: Optimizer) -> bool:
         """True if they still do, and train it."""
@@ -29,7 +37,9 @@ class Place(NamedTuple):
         if mine is None or self.group >= len(groups) or self.position >= len(groups[self.group]["params"]):
             return False
         theirs = groups[self.group]["params"][self.position]
-        return _is_trained(mine, theirs) and (mine is theirs or _memory(mine) == _memory(theirs) != 0)
+        return (self.is_frozen or _is_trained(mine, theirs)) and (
+            mine is theirs or _memory(mine) == _memory(theirs) != 0
+        )
 
 
 class Absence(NamedTuple):
@@ -75,17 +85,23 @@ def _places(root: nn.Module) -> Iterator[tuple[tuple[str, ...], str, nn.Paramete
 
 
 def common_place(root: nn.Module, optimizer: Optimizer) -> Place | None:
-    """A place of a parameter that both have and train: the same object, or else the same memory."""
+    """A place of a parameter that both have: the same object, or else the same memory.
+
+    One that neither of them trains counts only for an optimizer that trains nothing: all that it has may be frozen,
+    while what a frozen network shares with the optimizer of another one is no step of it.
+    """
     theirs = [(g, i, p) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])]
-    by_id = {id(p): (g, i, p) for g, i, p in theirs}
+    trains = any(p.requires_grad for *_, p in theirs)
     places = list(_places(root))
-    for path, name, mine in places:
-        found = by_id.get(id(mine))
-        if found is not None and mine.requires_grad:
-            return Place(path, name, *found[:2])
-    by_memory = {memory: (g, i, p) for g, i, p in theirs if (memory := _memory(p))}
-    for path, name, mine in places:
-        found = by_memory.get(_memory(mine))
-        if found is not None and _is_trained(mine, found[2]):
-            return Place(path, name, *found[:2])
+    for address in (id, _memory):  # the first is the faster one
+        found = {a: (g, i, p) for g, i, p in theirs if (a := address(p))}
+        for path, name, mine in places:
+            group, position, other = found.get(address(mine), (0, 0, None))
+            if other is not None and (_is_trained(mine, other) or not trains):
+                return Place(path, name, group, position, not _is_trained(mine, other))
     return None
+
+
+def has_gradients(root: nn.Module) -> bool:
+    """True if a backward pass has reached a parameter of a model."""
+    return any(p.grad is not None for *_, p in _places(root))

@@ -47,13 +47,14 @@ class Timed(nn.Module):
         return False
 
     def mark_forward(self) -> None:
-        """Tell the clock of a forward pass in training, with gradients: the next step of an optimizer is a new one."""
-        if not (self.training and torch.is_grad_enabled()):
+        """Tell the clock of a forward pass in training, with gradients: the next step of an optimizer is a new one.
+
+        A compiled one leaves no mark: a graph may contain no such side effect where it is checkpointed.
+        """
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
             return
-        clock = self.clock
-        if torch.compiler.is_compiling():
-            clock.ran = True
-        elif torch._C._current_graph_task_id() == -1:  # a backward pass that computes a forward again is none
+        if torch._C._current_graph_task_id() == -1:  # a backward pass that computes a forward again is none
+            clock = self.clock
             clock.ran = True
             if clock.is_waiting:
                 clock.count_forward(self)
