@@ -217,8 +217,9 @@ class FakeQuant(SizedQuantizer):
         )
 
     def advanced(self) -> None:
-        """Forget what was quantized before the step."""
+        """Forget what was quantized before the step; keep the range where its parameters are whole in a pass only."""
         self.keep(NOTHING)
+        self.write_range_to_shards()
 
     def keep(self, together: Together) -> None:
         """Keep what was quantized together with others; past nn.Module, whose way to set attributes is a long one."""
