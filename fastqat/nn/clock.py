@@ -95,8 +95,6 @@ class Clock:
 
     def count_forward(self, quantizer: Timed) -> None:
         """Count a forward pass by the first quantizer that needs time; warn where the clock has stood still."""
-        if torch._C._are_functorch_transforms_active():
-            return
         first = None if self._first is None else self._first()
         if first is None and quantizer.needs_time():
             self._first, first = weakref.ref(quantizer), quantizer
