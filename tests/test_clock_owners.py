@@ -445,6 +445,23 @@ def test_a_bare_quantizer_that_stands_still() -> None:
                 call(X[0])
 
 
+def test_a_layer_that_is_called_many_times_in_a_pass() -> None:
+    """A recurrent network's own layer is no reason for a warning."""
+    net = network(NOISY)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def iterate(x: Tensor) -> None:
+        hidden = x
+        for _ in range(2 * PATIENCE):
+            hidden = torch.cat([net(hidden), x[:, :2]], 1)
+        net.zero_grad()
+        hidden.sum().backward()
+        optimizer.step()
+
+    train(net, iterate)
+    assert times(net) == {STEPS}
+
+
 # By hand.
 
 

@@ -37,6 +37,15 @@ _inner: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Optimizer]] = weakr
 _hook: Any = None
 
 
+class _Pass:
+    """Hook of a tensor: alive and not done while the pass that made it may go on, and call the same layer again."""
+
+    is_done = False
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.is_done = True
+
+
 class Clock:
     """Time of quantizers that only :func:`fastqat.step` moves; base of those that optimizers move.
 
@@ -55,6 +64,7 @@ class Clock:
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since it last moved, with who moved it
         self._first: weakref.ref[Timed] | None = None  # the quantizer whose forward passes are counted
         self._forwards = 0
+        self._pass: weakref.ref[_Pass] | None = None  # the one that was counted last
         self._idle = 0  # forward passes of quantizers that need no time, before the first of one that does
         self._backward = -1  # the backward pass whose hooks moved it last
 
@@ -93,18 +103,29 @@ class Clock:
         """Wait for the next forward pass."""
         self.ran = self.is_waiting = False
 
-    def count_forward(self, quantizer: Timed) -> None:
-        """Count a forward pass by the first quantizer that needs time; warn where the clock has stood still."""
+    def count_forward(self, quantizer: Timed, y: Tensor) -> None:
+        """Count a forward pass by the first quantizer that needs time; warn where the clock has stood still.
+
+        Args:
+            quantizer: that was called, perhaps once more in a pass.
+            y: what it made.
+        """
         first = None if self._first is None else self._first()
         if first is None and quantizer.needs_time():
             self._first, first = weakref.ref(quantizer), quantizer
         elif first is None:
             self._idle += 1
             self.is_waiting = self._idle < PATIENCE * max(len(self.members), 1)
-        if first is quantizer:
-            self._forwards += 1
-            if self._forwards >= PATIENCE:
-                self._warn(quantizer)
+        under_way = None if self._pass is None else self._pass()
+        if first is not quantizer or (under_way is not None and not under_way.is_done):
+            return
+        if y.grad_fn is not None:
+            mark = _Pass()
+            y.register_hook(mark)
+            self._pass = weakref.ref(mark)
+        self._forwards += 1
+        if self._forwards >= PATIENCE:
+            self._warn(quantizer)
 
     def name_of(self, quantizer: Timed) -> str:
         """Name of a quantizer, for messages."""
@@ -219,7 +240,7 @@ class ModelClock(Clock):
             return True
         if isinstance(known, Absence) and known.params == looks_of(optimizer):
             # A model that trains and that no other optimizer owns is looked through each time.
-            unclaimed = self.ran and not any(isinstance(k, Place) for k in self._known.values())
+            unclaimed = self.ran and self.is_waiting and not any(isinstance(k, Place) for k in self._known.values())
             if known.steps % _RESEARCH and not unclaimed:
                 self._known[optimizer] = known._replace(steps=known.steps + 1)
                 return False

@@ -131,7 +131,7 @@ class FakeQuant(SizedQuantizer):
         checks.float_tensor("x", x)
         if isinstance(x, nn.Parameter) and not torch.compiler.is_compiling():
             self.follows(x)
-        self.mark_forward()
+        is_counted = self.mark_forward()
         clip = CLIPS[self.activation]
         if self._calibrating:
             x = activated(x, clip)
@@ -143,7 +143,10 @@ class FakeQuant(SizedQuantizer):
         if ready and self.normalize == "tanh":
             return dorefa_fake_quantize(x, self.qrange[1:], self.rescale, out_dtype)
         y = self._quantized(x, clip, ready, out_dtype, keep)
-        return self.in_units(y) if ready else y
+        y = self.in_units(y) if ready else y
+        if is_counted:
+            self.clock.count_forward(self, y)
+        return y
 
     def _quantized(
         self, x: Tensor, clip: float, ready: bool, out_dtype: torch.dtype | None, keep: Keep | None
@@ -202,8 +205,8 @@ class FakeQuant(SizedQuantizer):
         """The quantized weight, where :func:`quantize_weights_together` has it; else None."""
         together = self.together
         value = together.get(weight, dtype)
-        if value is not None:
-            self.mark_forward()
+        if value is not None and self.mark_forward():
+            self.clock.count_forward(self, value)
         if value is not None and value.requires_grad and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
             self.keep(together._replace(again=False))
         return value

@@ -212,12 +212,16 @@ class GradientFakeQuant(QuantizerState):
         if torch._C._are_functorch_transforms_active():
             wanted = "no gradient quantizer under a torch.func transform"
             checks.fail(NotImplementedError, f"layer {self.layer_name!r}", wanted, f"method={self.spec.method!r}")
-        self.mark_forward()
+        is_counted = self.mark_forward()
         if torch.compiler.is_compiling():
             self._check_compilable()
         else:
             self._check(y)
-        return gradients.with_quantized_gradient(y, self.quantize) if y.requires_grad else y
+        if y.requires_grad:
+            y = gradients.with_quantized_gradient(y, self.quantize)
+        if is_counted:
+            self.clock.count_forward(self, y)
+        return y
 
     def _check_compilable(self) -> None:
         if not self.initialized:

@@ -46,18 +46,21 @@ class Timed(nn.Module):
         """True if something stands still where the time does."""
         return False
 
-    def mark_forward(self) -> None:
+    def mark_forward(self) -> bool:
         """Tell the clock of a forward pass in training, with gradients: the next step of an optimizer is a new one.
 
         A compiled one leaves no mark: a graph may contain no such side effect where it is checkpointed.
+
+        Returns:
+            True if the clock wants to count it, by the tensor that comes out.
         """
         if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
-            return
-        if torch._C._current_graph_task_id() == -1:  # a backward pass that computes a forward again is none
-            clock = self.clock
-            clock.ran = True
-            if clock.is_waiting:
-                clock.count_forward(self)
+            return False
+        if torch._C._current_graph_task_id() != -1:  # a backward pass that computes a forward again
+            return False
+        clock = self.clock
+        clock.ran = True
+        return clock.is_waiting
 
     def advanced(self) -> None:
         """Called after every step."""
