@@ -9,6 +9,7 @@ import pytest
 import torch
 from clock_networks import LR, STEPS, Iterate, assert_equal_states, backward, network, plain, quantizers, times, train
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastqat
 
@@ -137,6 +138,19 @@ def an_optimizer_for_each_parameter(net: nn.Module) -> Iterate:
     return lambda x: (backward(net, x), None)[1]
 
 
+def optimizers_in_a_checkpointed_backward(net: Any) -> Iterate:
+    """Layers are computed again in the backward pass, when others have been changed already."""
+    an_optimizer_for_each_parameter(net)
+
+    def iterate(x: Tensor) -> None:
+        net.zero_grad()
+        for layer in net:
+            x = checkpoint(layer, x, use_reentrant=False)
+        x.square().mean().backward()
+
+    return iterate
+
+
 def flat_buffer(net: nn.Module) -> Iterate:
     """All weights are views of one tensor, which is what the optimizer has."""
     ps = [p for p in net.parameters() if p.requires_grad]
@@ -232,6 +246,7 @@ SAME: dict[str, Callable[[nn.Module], Iterate]] = {
     "sam, two phases": sam_in_two_phases,
     "two optimizers": two_optimizers,
     "optimizers in backward": an_optimizer_for_each_parameter,
+    "optimizers in backward, checkpointed": optimizers_in_a_checkpointed_backward,
     "flat buffer": flat_buffer,
     "unseen": unseen_optimizer,
     "master copies": master_copies,

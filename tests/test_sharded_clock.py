@@ -85,6 +85,8 @@ def train_all(rank: int, port: str) -> None:
     warnings.filterwarnings("default", module="torch")
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     dist.init_process_group("gloo")
+    with pytest.raises(ValueError, match=r"model: wanted a model to shard after it is prepared; got .*'0.weight'"):
+        fastqat.prepare(sharded(nn.Sequential(nn.Linear(6, 4)), "whole"), CONFIGS["tracked"])
     for config in CONFIGS:
         for way in WAYS:
             net = network(config)

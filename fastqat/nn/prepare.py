@@ -16,6 +16,7 @@ from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.masks import keep_as_torch
 from fastqat.nn.selection import Choice, Override, choose, names_of_modules
+from fastqat.nn.sharded import is_sharded
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.together import BUCKETS
 from fastqat.nn.tracking import Tracker
@@ -141,8 +142,12 @@ def _check_fused_alike(names: dict[nn.Module, str], wanted: bool) -> None:
 
 
 def _check_not_parallel(names: dict[nn.Module, str]) -> None:
-    """DistributedDataParallel shares the gradients of the parameters that it finds when it wraps a module."""
+    """What shares gradients, or shards parameters, does so with those that it finds when it is applied."""
     for module, name in names.items():
+        sharded = next((p for p, value in module.named_parameters(name, recurse=False) if is_sharded(value)), None)
+        if sharded is not None:
+            wanted = "a model to shard after it is prepared"
+            checks.fail(ValueError, "model", wanted, f"the parameter {sharded!r} sharded already")
         if isinstance(module, nn.parallel.DistributedDataParallel):
             got = f"DistributedDataParallel at {name!r}" if name else "DistributedDataParallel"
             checks.fail(ValueError, "model", "one to wrap after it is prepared", got)
