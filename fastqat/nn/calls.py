@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastqat.multi_tensor import Plan, apply_multi_tensor
 from fastqat.nn.items import StepValues, constants_of, dampening_of, threshold_of
+from fastqat.nn.sharded import is_sharded
 from fastqat.nn.spec import QSpec
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class Member(NamedTuple):
     def is_ready(self) -> bool:
         """True if the layer would quantize its weight as it is now.
 
-        Not where it is computed (parametrized, pruned), where a hook of the layer or its max_norm may change it first,
-        or where the layer has lost the quantizer.
+        Not where it is computed (parametrized, pruned) or sharded until the layer runs, where a hook of the layer or
+        its max_norm may change it first, or where the layer has lost the quantizer.
         """
         layer: dict[str, Any] = self.layer.__dict__  # past nn.Module, whose way to look for attributes is a long one
         return (
@@ -45,6 +46,8 @@ class Member(NamedTuple):
             and not layer["_forward_pre_hooks"]
             and layer.get("max_norm") is None
             and self.quantizer.is_ready()
+            and not is_sharded(layer["_parameters"][self.name])
+            and not is_sharded(self.quantizer._parameters["scale"])
         )
 
     def is_differentiable(self) -> bool:
@@ -188,7 +191,7 @@ class Facts(NamedTuple):
             # The same Parameter may have another memory (.data = ...), of another form.
             values += (w.shape, w.stride(), w.device, scale.shape, scale.dtype, scale.device)
             values += (m.is_differentiable(), _options(quantizer))
-            objects += (w, quantizer["_clock"], *parameters.values(), *quantizer["_buffers"].values())
+            objects += (w, quantizer["clock"], *parameters.values(), *quantizer["_buffers"].values())
             if tracker is not None:
                 objects += tracker._buffers.values()
                 values += (tracker.options, tracker.momentum)

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from fastqat.multi_tensor import STATE
+from fastqat.nn.clock import ANCHOR, Anchor, ModelClock
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.masks import keep_as_torch
 from fastqat.nn.selection import Choice, Override, choose, names_of_modules
+from fastqat.nn.sharded import is_sharded
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.together import BUCKETS
 from fastqat.nn.tracking import Tracker
@@ -83,7 +85,8 @@ def prepare(
     found = fusions(model, configs) if fuse_activations else {}
     configs.update({fusion.layer: fusion.config for fusion in found.values() if fusion.layer is not None})
     made: dict[nn.Parameter, FakeQuant] = {}
-    quantizers = {layer: _quantizers_of(layer, names[layer], config, made) for layer, config in configs.items()}
+    clock = ModelClock(model)
+    quantizers = {layer: _quantizers_of(layer, names[layer], config, made, clock) for layer, config in configs.items()}
     for number, quantizer in enumerate(_distinct(quantizers)):
         quantizer.tensor_id = number
     # All are made by now: a layer that cannot be quantized leaves the model as it was.
@@ -100,6 +103,7 @@ def prepare(
     except BaseException:  # a class that cannot be changed, an attribute in the way
         remove(model)
         raise
+    setattr(model, ANCHOR, Anchor(clock))
     _set_ignored(model, [*_ignored(model), *_tracked_buffers(model)])
     return model
 
@@ -138,8 +142,12 @@ def _check_fused_alike(names: dict[nn.Module, str], wanted: bool) -> None:
 
 
 def _check_not_parallel(names: dict[nn.Module, str]) -> None:
-    """DistributedDataParallel shares the gradients of the parameters that it finds when it wraps a module."""
+    """What shares gradients, or shards parameters, does so with those that it finds when it is applied."""
     for module, name in names.items():
+        sharded = next((p for p, value in module.named_parameters(name, recurse=False) if is_sharded(value)), None)
+        if sharded is not None:
+            wanted = "a model to shard after it is prepared"
+            checks.fail(ValueError, "model", wanted, f"the parameter {sharded!r} sharded already")
         if isinstance(module, nn.parallel.DistributedDataParallel):
             got = f"DistributedDataParallel at {name!r}" if name else "DistributedDataParallel"
             checks.fail(ValueError, "model", "one to wrap after it is prepared", got)
@@ -152,7 +160,7 @@ def _distinct(quantizers: Mapping[nn.Module, Mapping[str, Quantizer | None]]) ->
 
 
 def _quantizers_of(
-    layer: nn.Module, name: str, config: QConfig | None, made: dict[nn.Parameter, FakeQuant]
+    layer: nn.Module, name: str, config: QConfig | None, made: dict[nn.Parameter, FakeQuant], clock: ModelClock
 ) -> dict[str, Quantizer | None]:
     """Quantizers of a layer by the name of what they quantize; those of weights are made once and kept in made."""
     if config is None:
@@ -162,7 +170,7 @@ def _quantizers_of(
     try:
         for weight in weights.values():
             if config.weight is not None and weight not in made:
-                made[weight] = _of_weight(layer, weight, config.weight)
+                made[weight] = _of_weight(layer, weight, config.weight, clock)
         activation = None if config.activation is None else _build(config.activation, first.device)
         gradient = None if config.gradient is None else GradientFakeQuant(config.gradient, name, first.device)
     except (TypeError, ValueError) as error:
@@ -171,15 +179,15 @@ def _quantizers_of(
         activation.layer_name = name
     for other in (activation, gradient):
         if other is not None:
-            other.follows(first)
+            other.join(clock)
     quantized = {name: made[w] if config.weight is not None else None for name, w in weights.items()}
     return {**quantized, "activation": activation, "gradient": gradient}
 
 
-def _of_weight(layer: nn.Module, weight: nn.Parameter, spec: QSpec) -> FakeQuant:
+def _of_weight(layer: nn.Module, weight: nn.Parameter, spec: QSpec, clock: ModelClock) -> FakeQuant:
     quantizer = _build(spec, weight.device)
+    quantizer.join(clock)  # first: else it would follow the weight
     quantizer.right_inverse(quantized_view(layer, weight))
-    quantizer.follows(weight)
     return quantizer
 
 
@@ -229,6 +237,7 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
     _set_ignored(model, [name for name in _ignored(model) if name not in tracked])
     for module in list(model.modules()):
         module.__dict__.pop(CHOICE, None)
+        module.__dict__.pop(ANCHOR, None)
         unfuse(module)
         keep_as_torch(module)
         buckets = module.__dict__.pop(BUCKETS, None)
