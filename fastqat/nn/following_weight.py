@@ -27,11 +27,11 @@ class Place(NamedTuple):
     """An argument of a product that may be a weight.
 
     Args:
-        index, keyword: of the argument.
+        position, keyword: of the argument.
         channels: the dimension of the output channels of a weight that stands there, or GROUPED.
     """
 
-    index: int
+    position: int
     keyword: str
     channels: int
 
@@ -114,7 +114,7 @@ class FollowedWeight(TorchFunctionMode):
         self.made, self.forms = [t for t, _ in roots], [form for _, form in roots]
         self.roots = len(roots)
         self.inputs = list(inputs)
-        self.others: list[Tensor] = []  # results of functions, where those of attributes must be told from them
+        self.elsewhere: list[Tensor] = []  # results of functions, where those of attributes must be told from them
         self.taken = 0
 
     def handed(self, tensor: Tensor, form: str, place: Place) -> Tensor:
@@ -148,8 +148,8 @@ class FollowedWeight(TorchFunctionMode):
             self._note(func, name, args, kwargs, result)
             return result
         self.taken += 1
-        if place.index < len(args):
-            args = (*args[: place.index], self._handed(args[place.index], place), *args[place.index + 1 :])
+        if place.position < len(args):
+            args = (*args[: place.position], self._handed(args[place.position], place), *args[place.position + 1 :])
         else:
             kwargs = {**kwargs, place.keyword: self._handed(kwargs[place.keyword], place)}
         result = func(*args, **kwargs)
@@ -164,7 +164,7 @@ class FollowedWeight(TorchFunctionMode):
     def _place(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Place | None:
         """Where a product takes what was made of the weight; None where it takes none, or this is no product."""
         for place in _PRODUCTS.get(name, ()):
-            weight = args[place.index] if place.index < len(args) else kwargs.get(place.keyword)
+            weight = args[place.position] if place.position < len(args) else kwargs.get(place.keyword)
             if not isinstance(weight, Tensor):
                 continue
             if torch.compiler.is_compiling():
@@ -180,7 +180,7 @@ class FollowedWeight(TorchFunctionMode):
 
     def _find_attribute(self, tensor: Tensor) -> None:
         """Note what ``.T`` of the weight, or of what was made of it, is: a traced forward shows functions alone."""
-        known = (*self.made, *self.inputs, *self.others)
+        known = (*self.made, *self.inputs, *self.elsewhere)
         if tensor.dim() != 2 or any(x is tensor for x in known):
             return
         kept = [(t, form) for t, form in zip(self.made, self.forms, strict=True) if t.dim() == 2]
@@ -211,7 +211,7 @@ class FollowedWeight(TorchFunctionMode):
             for made in operands[:1] if name == "setitem" else results:
                 self._mark(made, COMPUTED if name in _CHANGES else self._form_after(name, source, form, made))
         elif torch.compiler.is_compiling():
-            self.others += results
+            self.elsewhere += results
 
     def _mark(self, tensor: Tensor, form: str) -> None:
         for i, known in enumerate(self.made):
