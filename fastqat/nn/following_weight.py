@@ -47,6 +47,8 @@ _PRODUCTS: dict[str, tuple[Place, ...]] = {
     "mv": (Place(0, "input", 0),),
     "addmm": (Place(2, "mat2", 1), Place(1, "mat1", 0)),
 }
+# Of the rows of an embedding's table; others cut a weight up in this way before they use it.
+_LOOKUPS = {"getitem": (Place(0, "input", 0),), "index_select": (Place(0, "input", 0),)}
 _OF_MATRICES = {"matmul", "rmatmul", "mm", "mv", "addmm"}  # products of two activations, too
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous"}
 _RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "squeeze", "unsqueeze"}
@@ -58,7 +60,7 @@ _CHANGES |= {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv",
 def _names_of_functions() -> dict[object, str]:
     """The functions above, with the names that they have there: as functions, methods and operators."""
     names: dict[object, str] = {}
-    for name in (*_PRODUCTS, *_CASTS, *_RESHAPES, *_TRANSPOSES, *_CHANGES):
+    for name in (*_PRODUCTS, *_LOOKUPS, *_CASTS, *_RESHAPES, *_TRANSPOSES, *_CHANGES):
         for holder in (torch, F, torch._C._nn, Tensor, operator):
             for spelling in (name, f"__{name}__"):
                 function = getattr(holder, spelling, None)
@@ -104,13 +106,15 @@ class FollowedWeight(TorchFunctionMode):
     Args:
         roots: the weight, or what it is computed of, each with one of AS_IS and COMPUTED.
         inputs: tensors that the forward was given.
+        looked_up: True for a table, whose rows may be taken by an index.
 
     Attributes:
         taken: how many products took the weight, or what was made of it.
     """
 
-    def __init__(self, roots: list[tuple[Tensor, str]], inputs: list[Tensor]) -> None:
+    def __init__(self, roots: list[tuple[Tensor, str]], inputs: list[Tensor], looked_up: bool = False) -> None:
         super().__init__()
+        self.products = {**_PRODUCTS, **_LOOKUPS} if looked_up else _PRODUCTS
         self.made, self.forms = [t for t, _ in roots], [form for _, form in roots]
         self.roots = len(roots)
         self.inputs = list(inputs)
@@ -163,7 +167,7 @@ class FollowedWeight(TorchFunctionMode):
 
     def _place(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Place | None:
         """Where a product takes what was made of the weight; None where it takes none, or this is no product."""
-        for place in _PRODUCTS.get(name, ()):
+        for place in self.products.get(name, ()):
             weight = args[place.position] if place.position < len(args) else kwargs.get(place.keyword)
             if not isinstance(weight, Tensor):
                 continue

@@ -22,7 +22,7 @@ class _QuantizedProducts(FollowedWeight):
     """Quantizes the weight of a layer where its forward hands it to a product."""
 
     def __init__(self, layer: OwnForward, inputs: list[Tensor]) -> None:
-        super().__init__(layer.weight_roots(), inputs)
+        super().__init__(layer.weight_roots(), inputs, layer.is_table)
         self.layer = layer
 
     def handed(self, tensor: Tensor, form: str, place: Place) -> Tensor:
@@ -52,6 +52,7 @@ class OwnForward(QuantizedLayer):
             computes of it; "changed" where the forward writes into it; None where that is not known yet.
     """
 
+    is_table: ClassVar[bool] = False
     weight_form: str | None
     weight: Any
 
@@ -138,6 +139,7 @@ class OwnForwardEmbedding(OwnForward):
     """Mixin of the twins of embeddings with a forward of their own: the table alone is quantized."""
 
     takes_activation: ClassVar[bool] = False
+    is_table: ClassVar[bool] = True
 
     def quantized_dtype(self, device_type: str) -> torch.dtype | None:
         """Autocast leaves a lookup in the dtype of its table."""

@@ -14,10 +14,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.following_weight import COMPUTED
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.spec import WEIGHT_OPTIONS, QConfig, QSpec
 from fastqat.nn.twins import (
     TWINS,
+    form_of_weight,
     layout,
     original_class,
     torch_layer,
@@ -92,7 +94,13 @@ def choose(
             base = _choice(layer, config, first_last_bits, edges.get(layer, ""))
             chosen[layer] = _overridden(layer, base, pattern, override)
     _check_shared_weights(chosen, names)
-    return chosen
+    return {layer: _with_note_of_form(layer, choice) for layer, choice in chosen.items()}
+
+
+def _with_note_of_form(layer: nn.Module, choice: Choice) -> Choice:
+    if choice.config is None or choice.config.weight is None or form_of_weight(layer) != COMPUTED:
+        return choice
+    return replace(choice, note="; ".join(filter(None, (choice.note, "what its forward makes of its weight"))))
 
 
 def _edges(
@@ -139,8 +147,8 @@ def _warn_of_float_ends(model: nn.Module, ends: Mapping[str, nn.Module], refused
     ]
     if said:
         warnings.warn(
-            f"first_last_bits: {', and '.join(reversed(said))}; no other layer gets these bits in its place. Name layers "
-            "that shall have them with overrides",
+            f"first_last_bits: {', and '.join(reversed(said))}; no other layer gets these bits in its place. Name "
+            "layers that shall have them with overrides",
             stacklevel=5,  # of the caller of prepare
         )
 
@@ -204,7 +212,7 @@ def _check_shared_weights(chosen: dict[nn.Module, Choice], names: dict[nn.Module
     seen: dict[int, tuple[str, QSpec, object]] = {}
     for layer, choice in chosen.items():
         spec = None if choice.config is None else choice.config.weight
-        if spec is None:
+        if spec is None or form_of_weight(layer) == COMPUTED:  # that is a tensor of its own
             continue
         name, where = names[layer][0], layout(layer)
         for weight_name in weight_names(layer):

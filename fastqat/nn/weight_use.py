@@ -42,8 +42,8 @@ class WeightUse:
 class _Recorded(FollowedWeight):
     """Records what a forward hands to products."""
 
-    def __init__(self, weight: Tensor, inputs: list[Tensor]) -> None:
-        super().__init__([(weight, AS_IS)], inputs)
+    def __init__(self, weight: Tensor, inputs: list[Tensor], looked_up: bool) -> None:
+        super().__init__([(weight, AS_IS)], inputs, looked_up)
         self.uses: list[tuple[Tensor, str, Place]] = []
         self.others: list[str] = []
 
@@ -73,14 +73,17 @@ def use_of_weight(layer: nn.Module, cls: type[nn.Module]) -> WeightUse:
     weight = layer._parameters.get("weight")
     if weight is None or is_lazy(weight) or weight.is_meta or not weight.is_floating_point():
         return WeightUse()
-    use = WeightUse()
-    for training in (True, False):  # what it does in evaluation decides, unless that fails
-        found = _judged(layer, cls, training)
-        use = use if found is None or (use.form == CHANGED and not found.reason) else found
+    uses = [use for training in (False, True) if (use := _judged(layer, cls, training)) is not None]
+    use = next((each for each in uses if each.reason), uses[0] if uses else WeightUse())
+    if not use.reason and COMPUTED in (forms := {each.form for each in uses}) and len(forms) > 1:
+        use = WeightUse(reason="its forward hands its weight to a product as it is in one mode only")
+    elif not use.reason:
+        use = next((each for each in uses if each.form == CHANGED), use)
     _found[layer] = (cls, use)
     return use
 
 
+@torch.no_grad()
 def _judged(layer: nn.Module, cls: type[nn.Module], training: bool) -> WeightUse | None:
     """How a copy of a layer uses its weight in one mode; None where it does not run on an example."""
     for example in _examples(layer):
@@ -144,8 +147,9 @@ def _run(layer: nn.Module, example: Tensor, training: bool) -> _Recorded:
     weight = layer._parameters["weight"]
     assert weight is not None
     layer.train(training)
-    recorded = _Recorded(weight, [example])
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    recorded = _Recorded(weight, [example], looked_up=isinstance(layer, nn.Embedding))
+    devices = [weight.device] if weight.is_cuda else []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
         warnings.simplefilter("ignore")
         with recorded:
             layer(example)
