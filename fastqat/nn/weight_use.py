@@ -178,5 +178,5 @@ def _examples(layer: nn.Module) -> Iterator[Tensor]:
         for factor in (1, 4):
             yield weight.new_ones([1, layer.in_channels, *(factor * r for r in reach)])
     else:
-        length = weight.shape[1] if isinstance(layer, nn.Linear) else weight.shape[0]
-        yield from (weight.new_ones(1, length), weight.new_ones(1, 1, length))
+        for length in weight.shape[::-1] if isinstance(layer, nn.Linear) else weight.shape:
+            yield from (weight.new_ones(1, length), weight.new_ones(1, 1, length))
