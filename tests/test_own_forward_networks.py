@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
 import third_party
 import torch
-from third_party import BLOCKS, CONFIG, Model, of_timm, of_transformers, words
+from third_party import BLOCKS, CONFIG, Model, images, of_timm, of_transformers, words
 from torch import nn
 
 import fastqat
@@ -17,14 +18,47 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS: dict[str, Any] = {"vocab_size": 200, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 OPT = {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+
+
+def gpt2() -> nn.Module:
+    """A small GPT-2, with Conv1D."""
+    package = importlib.import_module("transformers")
+    return package.GPT2LMHeadModel(package.GPT2Config(**TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=16))
+
+
+class Added(nn.Module):
+    """A network with an operation that stays in float."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) + x.mean((1, 2, 3)).unsqueeze(1)
+
+
+def layers_of_timm() -> nn.Module:
+    """Its convolutions and its linear layer, which all have forwards of their own."""
+    timm = importlib.import_module("timm.layers")
+    convolutions = [
+        timm.Conv2dSame(3, 16, 3, stride=2, bias=False),
+        timm.ScaledStdConv2d(16, 32, 3, bias=False),
+        timm.ScaledStdConv2dSame(32, 32, 3, stride=2, bias=False),
+        timm.StdConv2d(32, 32, 1),
+        timm.StdConv2dSame(32, 32, 3),
+    ]
+    relus = [nn.ReLU() for _ in convolutions]
+    body = [layer for pair in zip(convolutions, relus, strict=True) for layer in pair]
+    return Added(nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), timm.Linear(32, 10)))
+
+
 NETWORKS = (
-    of_transformers("GPT2LMHeadModel", words(200, 10), **TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=16),
+    Model("GPT2", "transformers", gpt2, words(200, 10)),
     of_transformers("FalconForCausalLM", words(200, 10), **TOKENS, **BLOCKS),
     of_transformers("OPTForCausalLM", words(200, 10), **TOKENS, **BLOCKS, **OPT),
     of_transformers("GemmaForCausalLM", words(200, 10), **TOKENS, **BLOCKS, num_key_value_heads=2, head_dim=8),
-    of_timm("tf_efficientnet_b0", 32),
-    of_timm("mobilenetv3_small_050", 32),
-    of_timm("nf_regnet_b0", 32),
+    of_timm("tf_mobilenetv3_small_minimal_100", 32),
+    Model("layers", "timm", layers_of_timm, images(16)),
 )
 
 

@@ -142,7 +142,7 @@ class Same(nn.Linear):
 
 
 def test_subclasses() -> None:
-    """One with a forward of its own may compute anything, and is left alone; another one stays what it is, and more."""
+    """One whose product takes no quantized weight is left alone; another one stays what it is, and more."""
     net = nn.Sequential(nn.BatchNorm1d(4), Norm(4, 4), Same(4, 4))
     prepare(net, CONFIG)
     assert type(net[1]) is Norm and type(net[0]) is nn.BatchNorm1d

@@ -75,10 +75,8 @@ def use_of_weight(layer: nn.Module, cls: type[nn.Module]) -> WeightUse:
         return WeightUse()
     uses = [use for training in (False, True) if (use := _judged(layer, cls, training)) is not None]
     use = next((each for each in uses if each.reason), uses[0] if uses else WeightUse())
-    if not use.reason and COMPUTED in (forms := {each.form for each in uses}) and len(forms) > 1:
-        use = WeightUse(reason="its forward hands its weight to a product as it is in one mode only")
-    elif not use.reason:
-        use = next((each for each in uses if each.form == CHANGED), use)
+    if not use.reason:  # what one mode alone makes of the weight is what counts
+        use = next((each for form in (COMPUTED, CHANGED) for each in uses if each.form == form), use)
     _found[layer] = (cls, use)
     return use
 
@@ -168,15 +166,15 @@ def _copied(layer: nn.Module, cls: type[nn.Module], memo: dict[int, Any]) -> nn.
 
 
 def _examples(layer: nn.Module) -> Iterator[Tensor]:
-    """Small inputs, one of which a layer of its kind takes."""
+    """Small inputs, one of which a layer of its kind takes; batches of two, for a norm in it."""
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]  # it has one
     if isinstance(layer, nn.Embedding):
-        index = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
+        index = torch.zeros(2, 1, dtype=torch.int64, device=weight.device)
         yield from (index, index[0])
     elif isinstance(layer, nn.modules.conv._ConvNd):
         reach = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         for factor in (1, 4):
-            yield weight.new_ones([1, layer.in_channels, *(factor * r for r in reach)])
+            yield weight.new_ones([2, layer.in_channels, *(factor * r for r in reach)])
     else:
         for length in weight.shape[::-1] if isinstance(layer, nn.Linear) else weight.shape:
-            yield from (weight.new_ones(1, length), weight.new_ones(1, 1, length))
+            yield from (weight.new_ones(2, length), weight.new_ones(2, 1, length))
