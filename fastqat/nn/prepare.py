@@ -12,6 +12,7 @@ from torch import nn
 from fastqat.multi_tensor import STATE
 from fastqat.nn.clock import ANCHOR, Anchor, ModelClock
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.following_weight import AS_IS, COMPUTED
 from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.masks import keep_as_torch
@@ -22,8 +23,10 @@ from fastqat.nn.together import BUCKETS
 from fastqat.nn.tracking import Tracker
 from fastqat.nn.twins import (
     changed_since,
+    form_of_weight,
     guard_fused_kernels,
     is_twin,
+    original_class,
     quantized_view,
     to_original,
     to_twin,
@@ -84,7 +87,7 @@ def prepare(
     configs = {layer: choice.config for layer, choice in chosen.items()}
     found = fusions(model, configs) if fuse_activations else {}
     configs.update({fusion.layer: fusion.config for fusion in found.values() if fusion.layer is not None})
-    made: dict[nn.Parameter, FakeQuant] = {}
+    made: dict[object, FakeQuant] = {}
     clock = ModelClock(model)
     quantizers = {layer: _quantizers_of(layer, names[layer], config, made, clock) for layer, config in configs.items()}
     for number, quantizer in enumerate(_distinct(quantizers)):
@@ -160,17 +163,19 @@ def _distinct(quantizers: Mapping[nn.Module, Mapping[str, Quantizer | None]]) ->
 
 
 def _quantizers_of(
-    layer: nn.Module, name: str, config: QConfig | None, made: dict[nn.Parameter, FakeQuant], clock: ModelClock
+    layer: nn.Module, name: str, config: QConfig | None, made: dict[object, FakeQuant], clock: ModelClock
 ) -> dict[str, Quantizer | None]:
     """Quantizers of a layer by the name of what they quantize; those of weights are made once and kept in made."""
     if config is None:
         return {}
     weights = {weight_name: getattr(layer, weight_name) for weight_name in weight_names(layer)}
     first = next(iter(weights.values()))
+    # What a forward computes of a weight is a tensor of that layer alone.
+    keys: dict[str, object] = {n: (layer, w) if form_of_weight(layer) == COMPUTED else w for n, w in weights.items()}
     try:
-        for weight in weights.values():
-            if config.weight is not None and weight not in made:
-                made[weight] = _of_weight(layer, weight, config.weight, clock)
+        for weight_name, weight in weights.items():
+            if config.weight is not None and keys[weight_name] not in made:
+                made[keys[weight_name]] = _of_weight(layer, weight, config.weight, clock)
         activation = None if config.activation is None else _build(config.activation, first.device)
         gradient = None if config.gradient is None else GradientFakeQuant(config.gradient, name, first.device)
     except (TypeError, ValueError) as error:
@@ -180,14 +185,15 @@ def _quantizers_of(
     for other in (activation, gradient):
         if other is not None:
             other.join(clock)
-    quantized = {name: made[w] if config.weight is not None else None for name, w in weights.items()}
+    quantized = {n: made[key] if config.weight is not None else None for n, key in keys.items()}
     return {**quantized, "activation": activation, "gradient": gradient}
 
 
 def _of_weight(layer: nn.Module, weight: nn.Parameter, spec: QSpec, clock: ModelClock) -> FakeQuant:
     quantizer = _build(spec, weight.device)
     quantizer.join(clock)  # first: else it would follow the weight
-    quantizer.right_inverse(quantized_view(layer, weight))
+    if form_of_weight(layer) is not None:  # else its first forward says what is quantized
+        quantizer.right_inverse(quantized_view(layer, weight))
     return quantizer
 
 
@@ -232,6 +238,11 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
         if changed_since(twin):
             checks.fail(ValueError, f"layer {name!r}", "the class that prepare gave it", type(twin).__name__)
     if keep == "quantized":
+        for twin, name in twins.items():
+            if form_of_weight(twin) != AS_IS and any(twin.weight_quantizers()):
+                got = f"a {original_class(twin).__name__}, whose forward hands another tensor to its product"
+                wanted = "a layer whose weight is quantized as it is, or keep='float'"
+                checks.fail(ValueError, f"keep='quantized', layer {name!r}", wanted, got)
         _write_quantized_weights(twins)
     tracked = set(_tracked_buffers(model))
     _set_ignored(model, [name for name in _ignored(model) if name not in tracked])
