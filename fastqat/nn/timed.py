@@ -14,6 +14,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastqat.nn.unowned_scales import warn_of_unowned_scales
+
 # weight -> the quantizers that its optimizer's steps advance
 _owned: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _hook: Any = None
@@ -66,6 +68,7 @@ def _advance_owned(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Hook that runs after the step of any optimizer."""
     owned = {id(m): m for group in optimizer.param_groups for p in group["params"] for m in _owned.get(p, ())}
     _advance(list(owned.values()))
+    warn_of_unowned_scales(owned.values(), optimizer)
 
 
 def step(target: nn.Module) -> None:
