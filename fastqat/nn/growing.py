@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 FIRST_LOOK = 128  # steps until the range is looked at; again at 256, 512, ...
 LAST_WAIT = 1024  # steps until a channel that is still zero is waited for no longer
-WIDENING = 1.1  # by which a range that has settled widens at most while the number of steps doubles
+WIDENING = 1.25  # by which a range that has settled widens at most while the number of steps doubles
 
 
 class Growth(nn.Module):
     """Min-max range of the channels of a weight that were zero when the quantizer first saw it.
 
     In training, each of these channels has the range of its weights, as with range="minmax". It has settled when the
-    range has widened by less than 10 % while the number of steps doubled (looked at after 128, 256, 512, ... steps).
+    range has widened by less than a quarter while the number of steps doubled (looked at after 128, 256, 512, ... steps).
     Then it stays, or is learned from there on. One that is still zero after 1024 steps takes the largest scale of the
     others.
 
