@@ -23,6 +23,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastqat.nn.owner import Absence, Place, common_place, has_gradients, looks_of
+from fastqat.nn.unowned_scales import warn_of_unowned_scales
 
 if TYPE_CHECKING:
     from fastqat.nn.timed import Timed
@@ -305,6 +306,7 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
         engine.queue_callback(functools.partial(_move, moved, _changes(optimizer)))
     else:
         _move(moved, _changes(optimizer))
+    warn_of_unowned_scales((m for clock in moved for m in clock.members if not m.by_hand), optimizers)
 
 
 def _owned_by(optimizers: Sequence[Optimizer]) -> list[Clock]:

@@ -47,6 +47,13 @@ def eagerly() -> contextlib.AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
+def run_inputs(model: nn.Module, example_inputs: Any) -> object:
+    """Run a model on example inputs: a tensor, positional arguments (tuple, list), or a mapping of keyword ones."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    return model(*([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs))
+
+
 def run_batch(model: nn.Module, batch: Any) -> object:
     """Run a model on a batch, whose tensors are moved to the model's device.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import nn
 from fastqat.multi_tensor import STATE
 from fastqat.nn.clock import ANCHOR, Anchor, ModelClock
 from fastqat.nn.fake_quant import FakeQuant
-from fastqat.nn.following_weight import AS_IS, COMPUTED
+from fastqat.nn.following_weight import COMPUTED
 from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.masks import keep_as_torch
+from fastqat.nn.quantized_values import write_quantized_weights
 from fastqat.nn.selection import Choice, Override, choose, names_of_modules
 from fastqat.nn.sharded import is_sharded
 from fastqat.nn.spec import QConfig, QSpec
@@ -26,7 +27,6 @@ from fastqat.nn.twins import (
     form_of_weight,
     guard_fused_kernels,
     is_twin,
-    original_class,
     quantized_view,
     to_original,
     to_twin,
@@ -92,6 +92,10 @@ def prepare(
     quantizers = {layer: _quantizers_of(layer, names[layer], config, made, clock) for layer, config in configs.items()}
     for number, quantizer in enumerate(_distinct(quantizers)):
         quantizer.tensor_id = number
+    for layer, of_layer in quantizers.items():
+        for made_here in of_layer.values():
+            if made_here is not None and not made_here.layer_name:
+                made_here.layer_name = names[layer]
     # All are made by now: a layer that cannot be quantized leaves the model as it was.
     try:
         for layer, choice in chosen.items():
@@ -215,22 +219,26 @@ def _quantizer_names(layer: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
+def remove(model: nn.Module, *, keep: str = "float", example_inputs: Any = None) -> nn.Module:
     """Undo :func:`prepare`, in place: the layers get their classes back, and lose their quantizers.
 
     A model without quantized layers stays as it is, and so does a FakeQuant that ``prepare`` did not make.
 
     Args:
         model: any module.
-        keep: "float" leaves the weights as they are; "quantized" writes into each the value that its quantizer gives.
-            A layer that was left in float and shares a quantized weight gets that value too.
+        keep: "float" leaves the weights as they are; "quantized" writes into each the value that its quantizer gives in
+            evaluation, where that is what all that read the weight were given.
+        example_inputs: as of :func:`report`, for keep="quantized": the model runs once, and a function that reads a
+            quantized weight past its quantizer, like ``F.linear(h, emb.weight)``, is found. Without them it is not.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: keep is something else, or a layer was parametrized after it was prepared; the message names it,
-            and the model is as it was.
+        ValueError: keep is something else, or a layer was parametrized after it was prepared. With keep="quantized"
+            also: a hook computes the weight of a layer (pruning, weight norm, spectral norm); two quantizers share a
+            weight that was tied after ``prepare``; a module that is left in float holds a quantized weight too, or a
+            function reads it. The message names it, and the model is as it was.
     """
     checks.choice("keep", keep, ("float", "quantized"))
     twins = {module: name for name, module in model.named_modules() if is_twin(module)}
@@ -238,12 +246,7 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
         if changed_since(twin):
             checks.fail(ValueError, f"layer {name!r}", "the class that prepare gave it", type(twin).__name__)
     if keep == "quantized":
-        for twin, name in twins.items():
-            if form_of_weight(twin) != AS_IS and any(twin.weight_quantizers()):
-                got = f"a {original_class(twin).__name__}, whose forward hands another tensor to its product"
-                wanted = "a layer whose weight is quantized as it is, or keep='float'"
-                checks.fail(ValueError, f"keep='quantized', layer {name!r}", wanted, got)
-        _write_quantized_weights(twins)
+        write_quantized_weights(model, example_inputs)
     tracked = set(_tracked_buffers(model))
     _set_ignored(model, [name for name in _ignored(model) if name not in tracked])
     for module in list(model.modules()):
@@ -260,20 +263,6 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
             module.__dict__.pop("activation_on", None)
         to_original(module)
     return model
-
-
-def _write_quantized_weights(twins: Iterable[Any]) -> None:
-    """Replace each quantized weight by its value, one that layers share once: not all quantizers leave it as it is."""
-    written: set[int] = set()
-    for twin in twins:
-        for name, quantizer in twin.weight_quantizers().items():
-            weight = getattr(twin, name)
-            if id(weight) in written:
-                continue
-            written.add(id(weight))
-            quantizer.eval()  # the range stays where it is
-            # The view may be a copy: the move of the channels is its own inverse.
-            weight.copy_(quantized_view(twin, quantizer(quantized_view(twin, weight))))
 
 
 class fake_quant_enabled:  # a function to its users, who may write `with` before it
