@@ -17,7 +17,7 @@ from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.masks import keep_as_torch
 from fastqat.nn.quantized_values import write_quantized_weights
-from fastqat.nn.selection import Choice, Override, choose, names_of_modules
+from fastqat.nn.selection import CHOICE, Choice, Override, choose, names_of_modules
 from fastqat.nn.sharded import is_sharded
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.together import BUCKETS
@@ -36,7 +36,6 @@ from fastqat.nn.twins import (
 from fastqat.ops import checks
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # attribute that DistributedDataParallel looks for
-CHOICE = "fake_quant_choice"  # attribute of every layer that prepare decided on
 
 Quantizer = FakeQuant | GradientFakeQuant
 
@@ -48,6 +47,8 @@ def prepare(
     first_last_bits: int | None = None,
     overrides: Mapping[str, Override] | None = None,
     fuse_activations: bool = False,
+    coverage: str | float | None = "warn",
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Quantize weights and activations of the layers of a model, in place.
 

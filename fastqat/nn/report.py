@@ -15,9 +15,8 @@ from fastqat.nn.fuse import NOTE, FusedActivation
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.observe import Calls, FloatOperations, eagerly, evaluating, nothing_changes, run_inputs
-from fastqat.nn.prepare import CHOICE
 from fastqat.nn.scales import count_at_floor
-from fastqat.nn.selection import candidates, names_of_modules
+from fastqat.nn.selection import CHOICE, candidates, names_of_modules
 from fastqat.nn.table import collapsed, table
 from fastqat.nn.twins import original_class
 
