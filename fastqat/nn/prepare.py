@@ -88,9 +88,10 @@ def prepare(
     for number, quantizer in enumerate(_distinct(quantizers)):
         quantizer.tensor_id = number
     for layer, of_layer in quantizers.items():
-        for made_here in of_layer.values():
-            if made_here is not None and not made_here.layer_name:
-                made_here.layer_name = names[layer]
+        for tensor, made_here in of_layer.items():
+            if isinstance(made_here, FakeQuant):
+                made_here.layer_name = made_here.layer_name or names[layer]
+                made_here.is_of_weight = tensor != "activation"
     # All are made by now: a layer that cannot be quantized leaves the model as it was.
     try:
         for layer, choice in chosen.items():
