@@ -26,7 +26,7 @@ class Growth(nn.Module):
 
     In training, each of these channels has the range of its weights, as with range="minmax", until it has settled: it
     has not widened while the number of steps doubled, which is looked at after 128, 256, 512, ... steps. Then it stays.
-    One that is learned goes on by itself, and has settled where it has widened by less than a quarter. A channel that is
+    A learned one goes on by itself: it has settled where it has widened by less than a quarter. A channel that is
     still zero after 1024 steps takes the largest scale of the others.
 
     Args:
