@@ -161,7 +161,7 @@ def test_channels_of_zeros_beside_others() -> None:
     fastqat.prepare(layer, QConfig(QSpec(4, 0), None))
     quantizer = layer.weight_fake_quant
     estimated = quantizer.scale.detach().clone()
-    assert quantizer.growing and quantizer.growth.growing.tolist() == [False, True, False]
+    assert quantizer.growing and quantizer.growth.growing.tolist() == [0, 1, 0]
     with torch.no_grad():
         layer.weight.mul_(2)
         layer.weight[1] = torch.linspace(-0.07, 0.07, 8)
@@ -246,6 +246,80 @@ def test_a_range_by_hand_ends_it() -> None:
     quantizer.set_grid(torch.full((WIDTH,), 0.5))
     train(net, wanted, 2)
     assert quantizer.scale.tolist() == [0.5] * WIDTH and not quantizer.growing
+
+
+@pytest.mark.parametrize("use_buffers", (False, True))
+def test_averages_of_models(use_buffers: bool) -> None:
+    """In evaluation a copy has the average of the scales, and writes nothing over it."""
+    net, wanted = adapter(QSpec(4, 0))
+    train(net, wanted, 3)
+    averaged = torch.optim.swa_utils.AveragedModel(net, use_buffers=use_buffers)
+    scales = []
+    for _ in range(2):
+        averaged.update_parameters(net.train())
+        scales.append(net[1].weight_fake_quant.scale.detach().clone())
+        train(net, wanted, 3)
+    averaged.eval()(torch.eye(WIDTH))
+    quantizer: Any = averaged.module[1].weight_fake_quant
+    torch.testing.assert_close(quantizer.scale.detach(), (scales[0] + scales[1]) / 2)
+
+
+def test_a_first_evaluation_in_inference_mode() -> None:
+    """It sets the range; training goes on with it."""
+    net, wanted = adapter(QSpec(4, 0))
+    net(torch.eye(WIDTH))
+    with torch.no_grad():
+        net[1].weight.fill_(0.07)
+    with torch.inference_mode():
+        net.eval()(torch.eye(WIDTH))
+    with torch.no_grad():
+        net[1].weight.mul_(2)
+    net.train()(torch.eye(WIDTH)).sum().backward()
+    torch.testing.assert_close(net[1].weight_fake_quant.scale, torch.full((WIDTH,), 0.02))
+    with torch.inference_mode():
+        net(torch.eye(WIDTH))
+
+
+def test_another_bit_width() -> None:
+    """The range stays that of the weight, also while one is only tried."""
+    fq, weight = FakeQuant(4), nn.Parameter(torch.zeros(4))
+    fq(weight)
+    with torch.no_grad():
+        weight.copy_(torch.tensor([0.7, -0.1, 0.2, 0.3]))
+    fq(weight)
+    grid = fq.grid_at(2)
+    fq.write_grid(grid)
+    assert fq(weight)[0] == 0.7 and fq.bits == 4
+    fq.bits = 3
+    fq(weight)
+    torch.testing.assert_close(fq.scale, torch.tensor([0.7 / 3]))
+
+
+def test_sharded() -> None:
+    """FSDP2 keeps a part of each scale between forward passes: what a forward has written is put into that."""
+    distributed = torch.distributed
+    if not distributed.is_available() or distributed.is_initialized():
+        pytest.skip("needs a process group of its own")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        plain, wanted = adapter(QSpec(4, 0, learn="scale"))
+        sharded: Any = copy.deepcopy(plain)
+        fully_shard(sharded[1], mesh=init_device_mesh("cpu", (1,)))
+        for net in (plain, sharded):
+            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+            for _ in range(4):
+                optimizer.zero_grad()
+                loss_of(net, wanted, torch.Generator().manual_seed(2)).backward()
+                optimizer.step()
+                fastqat.step(net)
+        scale = sharded[1].weight_fake_quant.scale.full_tensor()
+        assert torch.equal(scale, plain[1].weight_fake_quant.scale)
+        assert torch.equal(sharded.eval()(torch.eye(WIDTH)), plain.eval()(torch.eye(WIDTH)))
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_looks_are_few() -> None:

@@ -199,7 +199,7 @@ def _bits(model: nn.Module) -> str:
     return "".join(parts)
 
 
-def least_share(option: object) -> float | None:
+def least_share(option: Any) -> float | None:
     """The share that the option ``coverage`` of ``prepare`` asks for; None asks for none.
 
     Raises:
@@ -217,7 +217,7 @@ def least_share(option: object) -> float | None:
     return float(option)
 
 
-def check_coverage(model: nn.Module, option: object, example_inputs: Any = None) -> None:
+def check_coverage(model: nn.Module, option: Any, example_inputs: Any = None) -> None:
     """Warn, or raise an error, where less of a prepared model is quantized than the option asks for.
 
     The share of the parameters is that of matrices and larger tensors: biases and norms are never quantized. What the

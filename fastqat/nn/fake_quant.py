@@ -49,7 +49,7 @@ class FakeQuant(SizedQuantizer):
             that have none. Of "sigmoid" and "dsq" it is the slope k.
         tensor_id: number of this tensor for stochastic rounding: its place in :func:`fastqat.prepare`.
         layer_name: of the layer whose input or output this is, for messages; None where nobody said.
-        is_of_weight: it was made for a weight, by ``prepare`` or as a parametrization.
+        is_of_weight: True where ``prepare`` or ``register_parametrization`` made it for a weight.
         growing: True while the range follows a weight, or channels of it, that began at zero.
 
     Raises:
@@ -143,8 +143,8 @@ class FakeQuant(SizedQuantizer):
             return x if out_dtype is None else x.to(out_dtype)
         if not self.initialized:
             self._initialize(activated(x, clip), self.is_of_weight or isinstance(x, nn.Parameter))
-        if self.growing:
-            self._grow(x, self.training and self.observer_enabled)
+        if self.growing and self.training and self.observer_enabled:
+            self._grow(x)
         ready = self.initialized and self.fake_quant_enabled
         if ready and self.normalize == "tanh":
             return dorefa_fake_quantize(x, self.qrange[1:], self.rescale, out_dtype)

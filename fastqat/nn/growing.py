@@ -19,23 +19,24 @@ if TYPE_CHECKING:
 
 FIRST_LOOK = 128  # steps until the range is looked at; again at 256, 512, ...
 LAST_WAIT = 1024  # steps until a channel that is still zero is waited for no longer
-WIDENING = 1.25  # by which a range that has settled widens at most while the number of steps doubles
+LEARNED_WIDENING = 1.25  # by which a range at most widens while the steps double before it is learned instead
 
 
 class Growth(nn.Module):
-    """Min-max range of the channels of a weight that were zero when the quantizer first saw it.
+    """Min-max range of the channels of a weight that were zero when its quantizer first saw it.
 
-    In training, each of these channels has the range of its weights, as with range="minmax". It has settled when the
-    range has widened by less than a quarter while the number of steps doubled (looked at after 128, 256, 512, ... steps).
-    Then it stays, or is learned from there on. One that is still zero after 1024 steps takes the largest scale of the
-    others.
+    In training, each of these channels has the range of its weights, as with range="minmax", until it has settled: it
+    has not widened while the number of steps doubled, which is looked at after 128, 256, 512, ... steps. Then it stays.
+    A learned one goes on by itself: it has settled where it has widened by less than a quarter. A channel that is
+    still zero after 1024 steps takes the largest scale of the others.
 
     Args:
         shape: of the scale.
         device: of the state.
 
     Attributes:
-        growing: bool, like the scale; channels that follow their weights.
+        growing: float32, like the scale; not 0 for channels that follow their weights. No bool: averages of models take
+            differences.
         low, high: float32, like the scale; the range in the last training forward.
         reference: float32, like the scale; the extent when it was last looked at.
         steps: int64 [1], since the weight was first seen to be not zero.
@@ -47,10 +48,10 @@ class Growth(nn.Module):
     reference: Tensor
     steps: Tensor
 
+    @torch.inference_mode(False)  # what inference makes, training could not change
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         super().__init__()
-        self.register_buffer("growing", torch.zeros(shape, dtype=torch.bool, device=device))
-        for name in ("low", "high", "reference"):
+        for name in ("growing", "low", "high", "reference"):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device))
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64, device=device))
         self._count = 0  # the steps, on the host
@@ -73,22 +74,17 @@ class Growth(nn.Module):
 
     @torch.no_grad()
     def write(self, quantizer: RangedQuantizer) -> None:
-        """Give the growing channels the grid of their range, past the version counters of autograd.
-
-        What an earlier forward of this step has saved for its backward pass keeps its values.
-        """
-        grid = ranges.grid_from_range(self.low, self.high, *quantizer.levels, quantizer.symmetric)
-        has_range = self.growing & (self.extent > 0)
-        self._put(quantizer, has_range, *grid)
-
-    def _put(self, quantizer: RangedQuantizer, where: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
-        values = [(quantizer.scale, scale)]
-        if zero_point is not None:
-            values.append((quantizer.zero_point, zero_point))  # type: ignore[arg-type]  # None is passed over below
-            values.append((quantizer.offset, -scale * zero_point))  # type: ignore[arg-type]
-        for parameter, value in values:
-            if parameter is not None and not is_sharded(parameter):
-                parameter.data.copy_(torch.where(where, value, parameter.data))
+        """Give the growing channels the grid of their range."""
+        qmin, qmax = quantizer.qrange.unbind()  # of the device: another bit-width may be tried
+        if quantizer.count_from == "lowest":
+            qmin, qmax = -(qmax // 2), qmax // 2
+        scale, zero_point = ranges.grid_from_range(self.low, self.high, qmin, qmax, quantizer.symmetric)
+        has_range = (self.growing > 0) & (self.extent > 0)
+        _put(quantizer.scale, has_range, scale)
+        if quantizer.zero_point is not None:
+            _put(quantizer.zero_point, has_range, zero_point)
+        if quantizer.offset is not None:
+            _put(quantizer.offset, has_range, -scale * zero_point)
 
     @torch.no_grad()
     def advance(self, quantizer: RangedQuantizer) -> bool:
@@ -101,13 +97,14 @@ class Growth(nn.Module):
         self.steps.add_(1)
         self.write(quantizer)
         is_power_of_two = not self._count & (self._count - 1)
-        if self._count < FIRST_LOOK or not is_power_of_two or is_sharded(quantizer.scale) or _is_capturing():
+        if self._count < FIRST_LOOK or not is_power_of_two or _is_capturing():
             return True
-        extent = self.extent
-        growing = self.growing & ~((extent > 0) & (extent <= WIDENING * self.reference))
+        extent, growing = self.extent, self.growing > 0
+        widening = 1.0 if quantizer.learn is None else LEARNED_WIDENING
+        growing &= ~((extent > 0) & (extent <= widening * self.reference))
         if self._count >= LAST_WAIT:
             given_up = growing & (extent == 0)
-            self._put(quantizer, given_up, quantizer.scale.data.amax().expand_as(extent), None)
+            _put(quantizer.scale, given_up, _whole(quantizer.scale).amax())
             growing &= ~given_up
         self.growing.copy_(growing)
         self.reference.copy_(extent)
@@ -118,6 +115,25 @@ class Growth(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, *others)
         self._count = int(self.steps)
+
+
+def _whole(parameter: Any) -> Tensor:
+    return parameter.full_tensor() if is_sharded(parameter) else parameter.data
+
+
+def _put(parameter: Any, where: Tensor, value: Tensor) -> None:
+    """Write into a parameter, past the version counters of autograd.
+
+    What an earlier forward pass of this step has saved for its backward pass keeps its values.
+    """
+    new = torch.where(where, value, _whole(parameter))
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor  # not in every build of torch
+
+        mesh, placements = parameter.device_mesh, parameter.placements
+        parameter.copy_(distribute_tensor(new, mesh, placements, src_data_rank=None))  # all processes have all of it
+    else:
+        parameter.data.copy_(new)
 
 
 def _is_capturing() -> bool:

@@ -15,6 +15,8 @@ from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.observe import FloatOperations, eagerly, evaluating, nothing_changes, run_inputs
 from fastqat.nn.selection import names_of_modules
 
+HOLDS, SECOND_QUANTIZER = "holds it", "a second quantizer"
+
 
 @dataclass(frozen=True)
 class PastRead:
@@ -23,8 +25,8 @@ class PastRead:
     Attributes:
         parameter: name of the weight.
         module, kind: name and class of the module that reads it.
-        reads: function that takes it, "holds it" for a module that has it as a Parameter of its own and no quantizer
-            for it, or "a second quantizer".
+        reads: function that takes it; HOLDS for a module that has it as a Parameter of its own, and no quantizer for
+            it; or SECOND_QUANTIZER.
         calls: of the function with the example inputs; 0 where it was not run.
     """
 
@@ -72,7 +74,8 @@ def past_reads(model: nn.Module, example_inputs: Any = None) -> tuple[PastRead, 
     ]
     found = list(_holders(names, weights))
     if example_inputs is not None and weights:
-        found += raw_reads(model, names, weights, lambda: run_inputs(model, example_inputs))
+        distinct = {memory_of(w.tensor): w for w in reversed(weights)}
+        found += _raw_reads(model, names, list(distinct.values()), lambda: run_inputs(model, example_inputs))
     return tuple(found)
 
 
@@ -88,7 +91,7 @@ def _holders(names: dict[nn.Module, str], weights: Iterable[QuantizedWeight]) ->
     for w in weights:
         known = first.setdefault(memory_of(w.tensor), w)
         if known.quantizer is not w.quantizer:
-            yield PastRead(known.full_name, w.layer_name, type(w.layer).__name__, "a second quantizer", 0)
+            yield PastRead(known.full_name, w.layer_name, type(w.layer).__name__, SECOND_QUANTIZER, 0)
     for module, name in names.items():
         own = module.weight_quantizers() if isinstance(module, QuantizedLayer) else {}
         for parameter_name, parameter in module._parameters.items():
@@ -96,10 +99,10 @@ def _holders(names: dict[nn.Module, str], weights: Iterable[QuantizedWeight]) ->
                 continue
             holder = first.get(memory_of(parameter))
             if holder is not None:
-                yield PastRead(holder.full_name, name, type(module).__name__, "holds it", 0)
+                yield PastRead(holder.full_name, name, type(module).__name__, HOLDS, 0)
 
 
-def raw_reads(
+def _raw_reads(
     model: nn.Module, names: dict[nn.Module, str], weights: list[QuantizedWeight], run: Callable[[], object]
 ) -> list[PastRead]:
     """Functions that take a quantized weight as it is, in one run of the model that leaves no trace in it.

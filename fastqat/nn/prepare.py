@@ -11,6 +11,7 @@ from torch import nn
 
 from fastqat.multi_tensor import STATE
 from fastqat.nn.clock import ANCHOR, Anchor, ModelClock
+from fastqat.nn.coverage import check_coverage, least_share
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.following_weight import COMPUTED
 from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
@@ -69,6 +70,11 @@ def prepare(
         fuse_activations: a ReLU or ReLU6 module whose output goes into one quantized layer and nowhere else becomes an
             identity, and the quantizer of that layer's input computes it in the same pass: the same values and
             gradients, with one pass over memory less. Hooks added to the module later see what comes before it.
+        coverage: what to do where less than 95 % of the network is quantized, counted in multiplications (with
+            example_inputs) and in parameters (of matrices and larger tensors): "warn", "error", None for nothing, or
+            another share in (0, 1] below which to warn. What overrides left in float is not held against it.
+        example_inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments. With them
+            the model runs once, without a trace, to count multiplications.
 
     Returns:
         The model.
@@ -76,8 +82,13 @@ def prepare(
     Raises:
         TypeError, ValueError: the model has no such layer, is prepared otherwise already, or is data-parallel; a
             pattern matches no layer; an option is wrong, or does not fit a layer; two layers want different quantizers
-            for one weight. The message names it, and the model is as it was.
+            for one weight; coverage="error" finds too little quantized. The message names it, and the model is as it
+            was.
+
+    Warns:
+        UserWarning: too little is quantized; the message names the share, and the largest kinds left in float.
     """
+    least_share(coverage)
     chosen = choose(model, config, first_last_bits, overrides)
     names = {module: found[0] for module, found in names_of_modules(model).items()}
     if any(is_twin(module) for module in model.modules()):
@@ -94,9 +105,10 @@ def prepare(
     for number, quantizer in enumerate(_distinct(quantizers)):
         quantizer.tensor_id = number
     for layer, of_layer in quantizers.items():
-        for made_here in of_layer.values():
-            if made_here is not None and not made_here.layer_name:
-                made_here.layer_name = names[layer]
+        for tensor, made_here in of_layer.items():
+            if isinstance(made_here, FakeQuant):
+                made_here.layer_name = made_here.layer_name or names[layer]
+                made_here.is_of_weight = tensor != "activation"
     # All are made by now: a layer that cannot be quantized leaves the model as it was.
     try:
         for layer, choice in chosen.items():
@@ -108,6 +120,7 @@ def prepare(
                 _add(module, QConfig(None, None), {})  # its own forward would go past its projection
             guard_fused_kernels(module)
         fuse(found, names)
+        check_coverage(model, coverage, example_inputs)
     except BaseException:  # a class that cannot be changed, an attribute in the way
         remove(model)
         raise

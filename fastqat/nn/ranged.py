@@ -56,7 +56,7 @@ class RangedQuantizer(FollowingRange):
         return (0, high - low) if self.count_from == "lowest" else (low, high)
 
     @property
-    def levels(self) -> tuple[int, int]:
+    def _levels(self) -> tuple[int, int]:
         """qmin and qmax where codes count from 0."""
         return self._levels_at(self._bits)
 
@@ -133,7 +133,7 @@ class RangedQuantizer(FollowingRange):
                 self.signed = self.fixed_range[0] < 0
                 self._write_codes()
             low, high = torch.tensor(self.fixed_range, device=self.qrange.device).view(2, 1)
-            self.set_grid(*ranges.grid_from_range(low, high, *self.levels, self.symmetric))
+            self.set_grid(*ranges.grid_from_range(low, high, *self._levels, self.symmetric))
         elif not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.dim() < 1:
             wanted = "a float32 tensor of shape [1], [C] or [C, groups] for range='fixed'"
             checks.fail(ValueError, "scale", wanted, scale)
@@ -191,7 +191,7 @@ class RangedQuantizer(FollowingRange):
         Raises:
             ValueError: wrong shape.
         """
-        signed = bool((low < 0).any()) if self._sign_from_data else self.levels[0] < 0
+        signed = bool((low < 0).any()) if self._sign_from_data else self._levels[0] < 0
         bounds = ranges.MinMax(self._grid_spec(signed))
         bounds.low, bounds.high = low, high
         self._estimators = {signed: bounds}
@@ -234,7 +234,7 @@ class RangedQuantizer(FollowingRange):
         if not self._estimators:
             self._take_shape(x)
             # Where the data decide the sign, both are estimated until a negative value rules one out.
-            signs = (False, True) if self._sign_from_data else (self.levels[0] < 0,)
+            signs = (False, True) if self._sign_from_data else (self._levels[0] < 0,)
             self._estimators = {signed: self._estimator(signed) for signed in signs}
         if self._sign_from_data and low < 0:
             self._estimators.pop(False, None)
@@ -298,21 +298,13 @@ class RangedQuantizer(FollowingRange):
             self.growth = Growth(tuple(self.scale.shape), self.scale.device)
             self.growth.growing.copy_(was_zero)
             self.growing = True
-            self._grow(x, True)
+            self._grow(x)
 
-    def _grow(self, x: Tensor, observe: bool) -> None:
-        """Let the growing channels have the range of their weights.
-
-        Args:
-            x: the weight.
-            observe: look at it; else the range is that of the last training forward.
-        """
-        growth = self.growth
-        if growth is None or torch._C._are_functorch_transforms_active():
-            return
-        if observe:
-            growth.observe(*self._extremes(x))
-        growth.write(self)  # in evaluation too: a sharded scale is another tensor in each forward pass
+    def _grow(self, x: Tensor) -> None:
+        """Give the growing channels the range of the weight x."""
+        if self.growth is not None and not torch._C._are_functorch_transforms_active():
+            self.growth.observe(*self._extremes(x))
+            self.growth.write(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         growing = state_dict.get(prefix + "growth.growing")

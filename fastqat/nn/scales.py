@@ -21,7 +21,7 @@ def count_at_floor(quantizer: Any) -> int:
         return 0
     low = ~(quantizer.scale > quantizer.eps)  # NaN, too
     if quantizer.growing and quantizer.growth is not None:
-        low &= ~quantizer.growth.growing
+        low &= quantizer.growth.growing == 0
     return int(low.sum())
 
 
