@@ -99,7 +99,10 @@ def coverage_of(model: nn.Module, example_inputs: Any = None) -> Coverage:
     if counts is not None:
         done = sum(entry.multiplications for entry in entries if entry.is_quantized)
         share = done / counts.total if counts.total else 1.0
-    left = sorted(_left(entries, counts), key=lambda kind: (-(kind.multiplications or 0), -kind.parameters))
+    left = sorted(
+        _left(entries, counts, _of_activations(entries, counts)),
+        key=lambda kind: (-(kind.multiplications or 0), -kind.parameters),
+    )
     if counts is None or not counts.total:
         left.sort(key=lambda kind: -kind.parameters)
     return Coverage(quantized / total if total else 1.0, share, tuple(left), _bits(model))
@@ -169,7 +172,12 @@ def _reason(module: nn.Module, able: set[nn.Module], refused: dict[nn.Module, st
     return (f"no quantized layer takes its {used}" if used else "it multiplies by weights of others"), False
 
 
-def _left(entries: list[_Entry], counts: Multiplications | None) -> Iterator[FloatKind]:
+def _of_activations(entries: list[_Entry], counts: Multiplications | None) -> int:
+    """Multiplications that no module makes with its weights: products of two activations."""
+    return 0 if counts is None else counts.total - sum(entry.multiplications for entry in entries)
+
+
+def _left(entries: list[_Entry], counts: Multiplications | None, of_activations: int) -> Iterator[FloatKind]:
     groups: dict[tuple[str, str, bool], list[_Entry]] = {}
     for entry in entries:
         if not entry.is_quantized:
@@ -177,10 +185,8 @@ def _left(entries: list[_Entry], counts: Multiplications | None) -> Iterator[Flo
     for (kind, reason, chosen), found in groups.items():
         macs = sum(entry.multiplications for entry in found)
         yield FloatKind(kind, reason, len(found), sum(e.parameters for e in found), macs if counts else None, chosen)
-    if counts is not None:
-        rest = counts.total - sum(entry.multiplications for entry in entries)
-        if rest > 0:
-            yield FloatKind("", "they stay in float", 1, 0, rest)
+    if of_activations > 0:
+        yield FloatKind("", "they stay in float", 1, 0, of_activations)
 
 
 def _bits(model: nn.Module) -> str:
@@ -242,14 +248,14 @@ def check_coverage(model: nn.Module, option: Any, example_inputs: Any = None) ->
         counts = count_multiplications(model, lambda: run_inputs(model, example_inputs))
     entries = list(_entries(model, counts))
     judged = [entry for entry in entries if not entry.chosen]
+    rest = _of_activations(entries, counts)
     shares = {"parameters": _share([(e.matrices, e.is_quantized) for e in judged], 0)}
     if counts is not None:
-        rest = counts.total - sum(entry.multiplications for entry in entries)
         shares["multiplications"] = _share([(e.multiplications, e.is_quantized) for e in judged], rest)
     missed = {name: share for name, share in shares.items() if share < least}
     if not missed:
         return
-    kinds = [kind for kind in _left(judged, counts) if kind.reason != "its biases are not quantized"]
+    kinds = list(_left([entry for entry in judged if entry.matrices or entry.multiplications], counts, rest))
     by_parameters = "multiplications" not in missed
     kinds.sort(key=lambda kind: -(kind.parameters if by_parameters else kind.multiplications or 0))
     named = "; ".join(str(kind) for kind in kinds[:_NAMED])
