@@ -351,3 +351,55 @@ def test_padding_before_the_input_is_quantized() -> None:
     fastqat.calibrate(net, [x])
     expected = F.conv2d(F.pad(net[0].activation_fake_quant(x), (0, 1, 1, 2)), net[0].weight)
     assert torch.equal(net(x), expected)
+
+
+class OfInput(nn.Linear):
+    """Transposes its input by an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight @ x.T).t()
+
+
+class Adapted(nn.Linear):
+    """Has a second weight of the same shape, and takes that one's attribute."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.a = nn.Parameter(torch.randn_like(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + x @ self.a.T
+
+
+class BothAttributes(nn.Linear):
+    """Takes the attributes of both."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.a = nn.Parameter(torch.randn_like(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + x @ self.a.T
+
+
+@pytest.mark.parametrize("cls", (OfInput, Adapted, BothAttributes))
+def test_compiled_with_attributes(cls: type[nn.Linear]) -> None:
+    """The eager values, where batch, inputs and outputs are equally many, or an error."""
+    torch.manual_seed(0)
+    net = nn.Sequential(cls(4, 4))
+    fastqat.prepare(net, WEIGHTS)
+    x, scale = torch.randn(4, 4), net[0].weight_fake_quant.scale.detach().view(-1, 1)
+    weight = scale * (net[0].weight.detach() / scale).round().clamp(-4, 3)
+    expected = F.linear(x, weight)
+    if cls is Adapted:
+        expected += net[0].bias
+    if cls is not OfInput:
+        expected = expected + F.linear(x, net[0].a)
+    torch.testing.assert_close(net(x), expected)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    if cls is BothAttributes:
+        with pytest.raises(Exception, match=r"wanted .t\(\) or .transpose\(\)"):
+            compiled(x)
+    else:
+        torch.testing.assert_close(compiled(x), expected)

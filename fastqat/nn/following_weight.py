@@ -19,6 +19,10 @@ TRANSPOSED = "transposed"  # a matrix of them, with rows and columns changed
 COMPUTED = "computed"
 CHANGED = "changed"  # of a weight: its forward writes into it before a product takes it
 FORM = "weight_form"  # attribute of a twin with a forward of its own: what its products take
+SOURCES = "transposed_sources"  # another one: see FollowedWeight.sources
+
+# Whose attribute .T (or .mT, .H, .mH) a forward takes.
+MADE, INPUT, OTHER = "made", "input", "other"
 
 GROUPED = -1  # output channels as a transposed convolution has them: on dimension 1, within each group
 
@@ -66,12 +70,11 @@ def _names_of_functions() -> dict[object, str]:
                 function = getattr(holder, spelling, None)
                 if callable(function):
                     names[function] = name
-    # Of a matrix; of what has more dimensions they change others, and the shape says so.
-    names.update({getattr(Tensor, name).__get__: "transpose" for name in ("T", "mT", "H", "mH")})
     return names
 
 
-_NAMES = _names_of_functions()
+_ATTRIBUTES = {getattr(Tensor, name).__get__: "transpose" for name in ("T", "mT", "H", "mH")}
+_NAMES: dict[object, str] = {**_names_of_functions(), **_ATTRIBUTES}
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
@@ -107,18 +110,28 @@ class FollowedWeight(TorchFunctionMode):
         roots: the weight, or what it is computed of, each with one of AS_IS and COMPUTED.
         inputs: tensors that the forward was given.
         looked_up: True for a table, whose rows may be taken by an index.
+        sources: as an eager run of this forward found them; None where there was none.
 
     Attributes:
         taken: how many products took the weight, or what was made of it.
+        sources: whose ``.T`` the forward takes: "made" of the weight, of an "input", or of an "other" tensor. The
+            tracer of torch.compile shows functions, and no attributes: what it is one of is known from here.
     """
 
-    def __init__(self, roots: list[tuple[Tensor, str]], inputs: list[Tensor], looked_up: bool = False) -> None:
+    def __init__(
+        self,
+        roots: list[tuple[Tensor, str]],
+        inputs: list[Tensor],
+        looked_up: bool = False,
+        sources: tuple[str, ...] | None = None,
+    ) -> None:
         super().__init__()
+        self.sources = sources
         self.products = {**_PRODUCTS, **_LOOKUPS} if looked_up else _PRODUCTS
         self.made, self.forms = [t for t, _ in roots], [form for _, form in roots]
         self.roots = len(roots)
         self.inputs = list(inputs)
-        self.elsewhere: list[Tensor] = []  # results of functions, where those of attributes must be told from them
+        self.elsewhere: list[Tensor] = []  # results of other functions, where attributes must be told from them
         self.taken = 0
 
     def handed(self, tensor: Tensor, form: str, place: Place) -> Tensor:
@@ -127,6 +140,9 @@ class FollowedWeight(TorchFunctionMode):
 
     def met(self, function: Callable[..., Any]) -> None:
         """Called where a function that is no such product takes the weight, or what was made of it, with an input."""
+
+    def took_attribute(self, of: str) -> None:
+        """Called where a function is one of the attributes that ``sources`` are about."""
 
     def form_of(self, tensor: object) -> str | None:
         """What a tensor that was made of the weight alone is; None for others."""
@@ -167,12 +183,13 @@ class FollowedWeight(TorchFunctionMode):
 
     def _place(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Place | None:
         """Where a product takes what was made of the weight; None where it takes none, or this is no product."""
+        if name in _OF_MATRICES and torch.compiler.is_compiling():
+            for x in tensors_in((*args, *kwargs.values())):
+                self._find_attribute(x)
         for place in self.products.get(name, ()):
             weight = args[place.position] if place.position < len(args) else kwargs.get(place.keyword)
             if not isinstance(weight, Tensor):
                 continue
-            if torch.compiler.is_compiling():
-                self._find_attribute(weight)
             if self.form_of(weight) is None:
                 continue
             others = [x for x in tensors_in((*args, *kwargs.values())) if x is not weight]
@@ -183,20 +200,20 @@ class FollowedWeight(TorchFunctionMode):
         return None
 
     def _find_attribute(self, tensor: Tensor) -> None:
-        """Note what ``.T`` of the weight, or of what was made of it, is: a traced forward shows functions alone."""
-        known = (*self.made, *self.inputs, *self.elsewhere)
-        if tensor.dim() != 2 or any(x is tensor for x in known):
+        """Note what a matrix is that no function made, and that is no tensor of the layer: ``.T`` of something."""
+        if tensor.dim() != 2 or any(x is tensor for x in (*self.made, *self.inputs, *self.elsewhere)):
             return
-        kept = [(t, form) for t, form in zip(self.made, self.forms, strict=True) if t.dim() == 2]
-        kept = [(t, form) for t, form in kept if _are_reversed(t, tensor)]
-        computed = [each for each in kept if each[1] == COMPUTED]
-        kept = computed or kept
-        if len(kept) > 1:
+        if self.sources is not None and MADE not in self.sources:
+            self.inputs += [tensor] * (INPUT in self.sources and any(_are_reversed(x, tensor) for x in self.inputs))
+            return
+        found = [(t, form) for t, form in zip(self.made, self.forms, strict=True) if _are_reversed(t, tensor)]
+        computed = [each for each in found if each[1] == COMPUTED]
+        if len(computed or found) > 1 or (found and self.sources != (MADE,)):
             raise RuntimeError(
-                "torch.compile of a layer with a forward of its own: wanted .t() or .transpose() of what it makes of "
-                "its weight; got .T of one of several matrices of one shape"
+                "torch.compile of a layer with a forward of its own: wanted .t() or .transpose() of its tensors; got .T of "
+                "one of several"
             )
-        for _, form in kept:
+        for _, form in computed or found:
             self._mark(tensor, COMPUTED if form == COMPUTED else TRANSPOSED if form == AS_IS else AS_IS)
 
     def _note(
@@ -206,7 +223,10 @@ class FollowedWeight(TorchFunctionMode):
         operands = tensors_in((*args, *kwargs.values()))
         forms = [self.form_of(x) for x in operands]
         results = tensors_in([result])
-        if any(self._is_input(x) for x in operands):
+        is_input = any(self._is_input(x) for x in operands)
+        if func in _ATTRIBUTES:
+            self.took_attribute(INPUT if is_input else OTHER if forms[0] is None else MADE)
+        if is_input:
             self.inputs += [x for x in results if not self._is_input(x)]
             if results and any(form is not None for form in forms):
                 self.met(func)
@@ -240,4 +260,4 @@ class FollowedWeight(TorchFunctionMode):
 
 
 def _are_reversed(a: Tensor, b: Tensor) -> bool:
-    return tuple(b.shape) == tuple(a.shape)[::-1] and b.stride() == a.stride()[::-1]
+    return a.dim() == 2 and tuple(b.shape) == tuple(a.shape)[::-1] and b.stride() == a.stride()[::-1]

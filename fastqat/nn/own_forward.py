@@ -22,7 +22,7 @@ class _QuantizedProducts(FollowedWeight):
     """Quantizes the weight of a layer where its forward hands it to a product."""
 
     def __init__(self, layer: OwnForward, inputs: list[Tensor]) -> None:
-        super().__init__(layer.weight_roots(), inputs, layer.is_table)
+        super().__init__(layer.weight_roots(), inputs, layer.is_table, layer.transposed_sources)
         self.layer = layer
 
     def handed(self, tensor: Tensor, form: str, place: Place) -> Tensor:
@@ -54,6 +54,7 @@ class OwnForward(QuantizedLayer):
 
     is_table: ClassVar[bool] = False
     weight_form: str | None
+    transposed_sources: tuple[str, ...] | None  # see FollowedWeight
     weight: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,13 @@ class WeightUse:
     Attributes:
         form: "as it is", "computed" or "changed", see :class:`fastqat.nn.own_forward.OwnForward`; None: not known.
         channels: the dimension of the weight that counts the output channels of its product.
+        sources: see :class:`fastqat.nn.following_weight.FollowedWeight`.
         reason: why it cannot be quantized, or "".
     """
 
     form: str | None = None
     channels: int = 0
+    sources: tuple[str, ...] | None = None
     reason: str = ""
 
 
@@ -46,6 +48,7 @@ class _Recorded(FollowedWeight):
         super().__init__([(weight, AS_IS)], inputs, looked_up)
         self.uses: list[tuple[Tensor, str, Place]] = []
         self.others: list[str] = []
+        self.attributes: set[str] = set()
 
     def handed(self, tensor: Tensor, form: str, place: Place) -> Tensor:
         """The tensor, noted."""
@@ -55,6 +58,10 @@ class _Recorded(FollowedWeight):
     def met(self, function: Callable[..., Any]) -> None:
         """Note the function."""
         self.others.append(getattr(function, "__name__", str(function)).strip("_"))
+
+    def took_attribute(self, of: str) -> None:
+        """Note whose it is."""
+        self.attributes.add(of)
 
 
 _found: weakref.WeakKeyDictionary[nn.Module, tuple[type[nn.Module], WeightUse]] = weakref.WeakKeyDictionary()
@@ -77,6 +84,9 @@ def use_of_weight(layer: nn.Module, cls: type[nn.Module]) -> WeightUse:
     use = next((each for each in uses if each.reason), uses[0] if uses else WeightUse())
     if not use.reason:  # what one mode alone makes of the weight is what counts
         use = next((each for form in (COMPUTED, CHANGED) for each in uses if each.form == form), use)
+        if uses:
+            sources = {of for each in uses for of in each.sources or ()}
+            use = replace(use, sources=tuple(sorted(sources)))
     _found[layer] = (cls, use)
     return use
 
@@ -111,10 +121,11 @@ def _use(recorded: _Recorded, cls: type[nn.Module], changed: bool) -> WeightUse:
     tensor, form, place = recorded.uses[0]
     if tensor.dtype not in checks.FLOAT_DTYPES:
         return WeightUse(reason=f"its forward hands its weight to a product as {tensor.dtype}")
+    sources = tuple(sorted(recorded.attributes))
     if form == COMPUTED:
-        return WeightUse(COMPUTED)
+        return WeightUse(COMPUTED, sources=sources)
     channels = 1 - place.channels if form == TRANSPOSED and place.channels >= 0 else place.channels
-    return WeightUse(CHANGED if changed else AS_IS, channels)
+    return WeightUse(CHANGED if changed else AS_IS, channels, sources)
 
 
 def computed_weight(layer: nn.Module, cls: type[nn.Module]) -> Tensor:
