@@ -210,8 +210,8 @@ class FollowedWeight(TorchFunctionMode):
         computed = [each for each in found if each[1] == COMPUTED]
         if len(computed or found) > 1 or (found and self.sources != (MADE,)):
             raise RuntimeError(
-                "torch.compile of a layer with a forward of its own: wanted .t() or .transpose() of its tensors; got .T of "
-                "one of several"
+                "torch.compile of a layer with a forward of its own: wanted .t() or .transpose() of its tensors; got "
+                ".T of one of several"
             )
         for _, form in computed or found:
             self._mark(tensor, COMPUTED if form == COMPUTED else TRANSPOSED if form == AS_IS else AS_IS)
