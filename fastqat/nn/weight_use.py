@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastqat.nn.fake_quant import FakeQuant
-from fastqat.nn.following_weight import AS_IS, CHANGED, COMPUTED, TRANSPOSED, FollowedWeight, Place, channels_first
+from fastqat.nn.following_weight import (
+    AS_IS,
+    CHANGED,
+    COMPUTED,
+    TRANSPOSED,
+    FollowedWeight,
+    Place,
+    channels_first,
+    tensors_in,
+)
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.ops import checks
 
@@ -151,12 +160,12 @@ def computed_weight(layer: nn.Module, cls: type[nn.Module]) -> Tensor:
     raise RuntimeError(f"{cls.__name__}: wanted a forward that runs on one small input; got {error!r}")
 
 
-def _run(layer: nn.Module, example: Tensor, training: bool) -> _Recorded:
+def _run(layer: nn.Module, example: Any, training: bool) -> _Recorded:
     """Run a copy of a layer, and record what it does with its weight."""
     weight = layer._parameters["weight"]
     assert weight is not None
     layer.train(training)
-    recorded = _Recorded(weight, [example], looked_up=isinstance(layer, nn.Embedding))
+    recorded = _Recorded(weight, tensors_in([example]), looked_up=isinstance(layer, nn.Embedding))
     devices = [weight.device] if weight.is_cuda else []
     with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
         warnings.simplefilter("ignore")
@@ -176,16 +185,20 @@ def _copied(layer: nn.Module, cls: type[nn.Module], memo: dict[int, Any]) -> nn.
     return copied
 
 
-def _examples(layer: nn.Module) -> Iterator[Tensor]:
-    """Small inputs, one of which a layer of its kind takes; batches of two, for a norm in it."""
+def _examples(layer: nn.Module) -> Iterator[Any]:
+    """Small inputs, one of which a layer of its kind takes; batches of two, for a norm in it.
+
+    Of embeddings some take the shape of their indices; of convolutions some take the channels last.
+    """
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]  # it has one
     if isinstance(layer, nn.Embedding):
         index = torch.zeros(2, 1, dtype=torch.int64, device=weight.device)
-        yield from (index, index[0])
+        yield from (index, index[0], index.shape)
     elif isinstance(layer, nn.modules.conv._ConvNd):
         reach = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         for factor in (1, 4):
             yield weight.new_ones([2, layer.in_channels, *(factor * r for r in reach)])
+        yield weight.new_ones([2, *reach, layer.in_channels])
     else:
         for length in weight.shape[::-1] if isinstance(layer, nn.Linear) else weight.shape:
             yield from (weight.new_ones(2, length), weight.new_ones(2, 1, length))
