@@ -54,7 +54,7 @@ _PRODUCTS: dict[str, tuple[Place, ...]] = {
 # Of the rows of an embedding's table; others cut a weight up in this way before they use it.
 _LOOKUPS = {"getitem": (Place(0, "input", 0),), "index_select": (Place(0, "input", 0),)}
 _OF_MATRICES = {"matmul", "rmatmul", "mm", "mv", "addmm"}  # products of two activations, too
-_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous"}
+_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone"}
 _RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "squeeze", "unsqueeze"}
 _TRANSPOSES = {"t", "transpose", "swapaxes", "swapdims", "permute", "adjoint"}
 _CHANGES = {"setitem", *(name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))}
@@ -188,9 +188,7 @@ class FollowedWeight(TorchFunctionMode):
                 self._find_attribute(x)
         for place in self.products.get(name, ()):
             weight = args[place.position] if place.position < len(args) else kwargs.get(place.keyword)
-            if not isinstance(weight, Tensor):
-                continue
-            if self.form_of(weight) is None:
+            if not isinstance(weight, Tensor) or self.form_of(weight) is None:
                 continue
             others = [x for x in tensors_in((*args, *kwargs.values())) if x is not weight]
             if name not in _OF_MATRICES:  # its input may come from nowhere: positions that the forward counts
@@ -222,7 +220,7 @@ class FollowedWeight(TorchFunctionMode):
         """Note what a function made."""
         operands = tensors_in((*args, *kwargs.values()))
         forms = [self.form_of(x) for x in operands]
-        results = tensors_in([result])
+        results = operands[:1] if name == "setitem" else tensors_in([result])
         is_input = any(self._is_input(x) for x in operands)
         if func in _ATTRIBUTES:
             self.took_attribute(INPUT if is_input else OTHER if forms[0] is None else MADE)
@@ -232,7 +230,7 @@ class FollowedWeight(TorchFunctionMode):
                 self.met(func)
         elif any(form is not None for form in forms):
             source, form = next((x, form) for x, form in zip(operands, forms, strict=True) if form is not None)
-            for made in operands[:1] if name == "setitem" else results:
+            for made in results:
                 self._mark(made, COMPUTED if name in _CHANGES else self._form_after(name, source, form, made))
         elif torch.compiler.is_compiling():
             self.elsewhere += results

@@ -101,7 +101,8 @@ def form_of_weight(layer: nn.Module) -> str | None:
     """
     if isinstance(layer, OwnForward):
         return layer.weight_form
-    own = torch_layer(type(layer)) is not nn.MultiheadAttention and has_own_forward(type(layer))
+    cls = original_class(layer)
+    own = torch_layer(cls) is not nn.MultiheadAttention and has_own_forward(cls)
     return _use(layer).form if own else AS_IS
 
 

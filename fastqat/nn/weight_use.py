@@ -155,9 +155,11 @@ def computed_weight(layer: nn.Module, cls: type[nn.Module]) -> Tensor:
         except Exception as raised:
             error = raised
             continue
-        tensor, _, place = recorded.uses[0]
-        return channels_first(tensor, place.channels, getattr(layer, "groups", 1))
-    raise RuntimeError(f"{cls.__name__}: wanted a forward that runs on one small input; got {error!r}")
+        if recorded.uses:
+            tensor, _, place = recorded.uses[0]
+            return channels_first(tensor, place.channels, getattr(layer, "groups", 1))
+    got = "none" if error is None else repr(error)
+    raise RuntimeError(f"{cls.__name__}: wanted a product that takes its weight, with one small input; got {got}")
 
 
 def _run(layer: nn.Module, example: Any, training: bool) -> _Recorded:
