@@ -20,6 +20,7 @@ COMPUTED = "computed"
 CHANGED = "changed"  # of a weight: its forward writes into it before a product takes it
 FORM = "weight_form"  # attribute of a twin with a forward of its own: what its products take
 SOURCES = "transposed_sources"  # another one: see FollowedWeight.sources
+WARNED = "warned_of_no_product"  # and another: it was said that a call had none
 
 # Whose attribute .T (or .mT, .H, .mH) a forward takes.
 MADE, INPUT, OTHER = "made", "input", "other"
@@ -113,7 +114,7 @@ class FollowedWeight(TorchFunctionMode):
         sources: as an eager run of this forward found them; None where there was none.
 
     Attributes:
-        taken: how many products took the weight, or what was made of it.
+        taken: the form of the weight, or of what was made of it, that each product took.
         sources: whose ``.T`` the forward takes: "made" of the weight, of an "input", or of an "other" tensor. The
             tracer of torch.compile shows functions, and no attributes: what it is one of is known from here.
     """
@@ -132,7 +133,7 @@ class FollowedWeight(TorchFunctionMode):
         self.roots = len(roots)
         self.inputs = list(inputs)
         self.elsewhere: list[Tensor] = []  # results of other functions, where attributes must be told from them
-        self.taken = 0
+        self.taken: list[str] = []
 
     def handed(self, tensor: Tensor, form: str, place: Place) -> Tensor:
         """What a product takes instead of a tensor that was made of the weight."""
@@ -167,7 +168,6 @@ class FollowedWeight(TorchFunctionMode):
             result = func(*args, **kwargs)
             self._note(func, name, args, kwargs, result)
             return result
-        self.taken += 1
         if place.position < len(args):
             args = (*args[: place.position], self._handed(args[place.position], place), *args[place.position + 1 :])
         else:
@@ -179,6 +179,7 @@ class FollowedWeight(TorchFunctionMode):
     def _handed(self, tensor: Tensor, place: Place) -> Tensor:
         form = self.form_of(tensor)
         assert form is not None
+        self.taken.append(form)
         return self.handed(tensor, form, place)
 
     def _place(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Place | None:
@@ -255,6 +256,11 @@ class FollowedWeight(TorchFunctionMode):
         if name in _TRANSPOSES and source.dim() == 2 and _are_reversed(source, made):
             return AS_IS if form == TRANSPOSED else TRANSPOSED
         return COMPUTED
+
+
+def is_unchanged(weight: Tensor, before: Tensor) -> bool:
+    """True if a weight has the values that it had before, as far as it has values."""
+    return bool(((weight == before) | before.isnan()).all())
 
 
 def _are_reversed(a: Tensor, b: Tensor) -> bool:

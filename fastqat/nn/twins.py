@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastqat.nn import attention, layers
-from fastqat.nn.following_weight import AS_IS, COMPUTED, FORM, SOURCES
+from fastqat.nn.following_weight import AS_IS, COMPUTED, FORM, SOURCES, WARNED
 from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.own_forward import (
     OwnForward,
@@ -190,7 +190,7 @@ def guard_fused_kernels(module: nn.Module) -> None:
 def to_original(module: nn.Module) -> None:
     """Give a module the class back that it had before, in place."""
     module.__class__ = original_class(module)
-    for name in (FORM, SOURCES):
+    for name in (FORM, SOURCES, WARNED):
         module.__dict__.pop(name, None)
 
 

@@ -23,6 +23,7 @@ from fastqat.nn.following_weight import (
     FollowedWeight,
     Place,
     channels_first,
+    is_unchanged,
     tensors_in,
 )
 from fastqat.nn.gradient import GradientFakeQuant
@@ -111,7 +112,7 @@ def _judged(layer: nn.Module, cls: type[nn.Module], training: bool) -> WeightUse
             continue
         weight, own = twin._parameters["weight"], layer._parameters["weight"]
         assert weight is not None and own is not None
-        return _use(recorded, cls, changed=not bool(((weight == own) | own.isnan()).all()))
+        return _use(recorded, cls, changed=not is_unchanged(weight, own))
     return None
 
 
