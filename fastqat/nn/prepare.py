@@ -54,17 +54,17 @@ def prepare(
     """Quantize weights and activations of the layers of a model, in place.
 
     Linear, Conv1d-3d, ConvTranspose1d-3d, Embedding (its table only) and MultiheadAttention (its projections) become
-    twins that keep their Parameter objects and state_dict keys; so do subclasses that compute as these do. Ranges of
-    the weights are set here (that of a weight of zeros once it has changed); those of the activations by
-    :func:`calibrate`, or by the first batch. A weight that two layers share has one quantizer, and so has the
-    activation of a layer that is called several times. Everything else stays in float: :func:`report` says what, and
-    why. Preparing again with the same arguments changes nothing.
+    twins that keep their Parameter objects and state_dict keys; so do their subclasses, with what their own forwards
+    hand to a product, and Conv1D of transformers. Ranges of the weights are set here (that of a weight of zeros once it
+    has changed); those of the activations by :func:`calibrate`, or by the first batch. A weight that two layers share
+    has one quantizer, and so has the activation of a layer that is called several times. Everything else stays in
+    float: :func:`report` says what, and why. Preparing again with the same arguments changes nothing.
 
     Args:
         model: any module.
         config: the quantizers of every layer.
-        first_last_bits: bit-width of the first and the last of these layers in order of registration, and of layers
-            that share their weights; None treats all alike.
+        first_last_bits: bit-width of the first and the last layer in order of registration, and of layers that share
+            their weights; one that stays in float passes them on to no other layer. None treats all alike.
         overrides: layer name or pattern (``fnmatch``) -> QConfig for the layers that it matches, options of QSpec that
             change both quantizers, or None, which leaves them in float. The last pattern that matches a layer decides.
         fuse_activations: a ReLU or ReLU6 module whose output goes into one quantized layer and nowhere else becomes an
@@ -86,7 +86,8 @@ def prepare(
             was.
 
     Warns:
-        UserWarning: too little is quantized; the message names the share, and the largest kinds left in float.
+        UserWarning: too little is quantized (the message names the share, and the largest kinds left in float), or the
+            first or the last layer, which first_last_bits are meant for, stays in float.
     """
     least_share(coverage)
     chosen = choose(model, config, first_last_bits, overrides)
