@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 20  # forward passes, or steps of others, in which a clock may stand still before a warning
 ANCHOR = "fake_quant_clock"  # attribute of the model that was prepared
-_RESEARCH = 16  # steps of an optimizer that owned nothing of a model until it is looked at again
+_RECHECK = 16  # steps of an optimizer that owned nothing of a model until it is looked at again
 
 _models: weakref.WeakSet[ModelClock] = weakref.WeakSet()
 _weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> its clock
@@ -241,7 +241,7 @@ class ModelClock(Clock):
         if isinstance(known, Absence) and known.params == looks_of(optimizer):
             # A model that trains and that no other optimizer owns is looked through each time.
             unclaimed = self.ran and self.is_waiting and not any(isinstance(k, Place) for k in self._known.values())
-            if known.steps % _RESEARCH and not unclaimed:
+            if known.steps % _RECHECK and not unclaimed:
                 self._known[optimizer] = known._replace(steps=known.steps + 1)
                 return False
         place = common_place(root, optimizer)
