@@ -195,6 +195,23 @@ def test_optimizers_that_take_turns() -> None:
     assert times(net) == {7}
 
 
+def test_training_inside_the_step_of_another_optimizer() -> None:
+    """A search for hyperparameters may train a network in its closure: each step of that training is one."""
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    hyperparameter = nn.Parameter(torch.ones(1))
+
+    def closure() -> Tensor:
+        for x in X:
+            backward(net, x)
+            optimizer.step()
+        hyperparameter.grad = torch.zeros(1)
+        return hyperparameter.sum()
+
+    torch.optim.LBFGS([hyperparameter], max_iter=1).step(closure)
+    assert times(net) == {STEPS}
+
+
 def test_lbfgs() -> None:
     """A step of many evaluations of its closure is one."""
     net = network()
