@@ -26,7 +26,7 @@ from clock_networks import (
 from torch import nn
 
 import fastqat
-from fastqat import Oscillation, QConfig, QSpec
+from fastqat import FakeQuant, Oscillation, QConfig, QSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,3 +114,14 @@ def test_remove_takes_the_clock_away() -> None:
     again = fastqat.prepare(fastqat.remove(net), CONFIG)
     train(again, plain(again))
     assert times(again) == {STEPS}
+
+
+def test_an_older_pickle() -> None:
+    """It knows no clock: the quantizer follows the weight that it sees."""
+    state = FakeQuant(4).__getstate__()
+    del state["clock"], state["by_hand"]
+    quantizer, weight = FakeQuant.__new__(FakeQuant), nn.Parameter(torch.ones(3))
+    quantizer.__setstate__({**state, "_clock": None, "tracked": False})
+    quantizer(weight)
+    torch.optim.SGD([weight], lr=0.1).step()
+    assert times(quantizer) == {1}
