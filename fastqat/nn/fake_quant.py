@@ -19,7 +19,8 @@ from fastqat.nn.sized import SizedQuantizer
 from fastqat.nn.spec import QSpec
 from fastqat.nn.tracking import Dampening
 from fastqat.ops import checks
-from fastqat.ops.estimators import ESTIMATORS, kernel_strength
+from fastqat.ops.estimators import ESTIMATORS, STOCHASTIC, kernel_strength
+from fastqat.schedules import Schedule
 
 
 class FakeQuant(SizedQuantizer):
@@ -134,6 +135,7 @@ class FakeQuant(SizedQuantizer):
         checks.float_tensor("x", x)
         if isinstance(x, nn.Parameter) and not torch.compiler.is_compiling():
             self.follows(x)
+        is_counted = self.mark_forward()
         clip = CLIPS[self.activation]
         if self._calibrating:
             x = activated(x, clip)
@@ -147,7 +149,10 @@ class FakeQuant(SizedQuantizer):
         if ready and self.normalize == "tanh":
             return dorefa_fake_quantize(x, self.qrange[1:], self.rescale, out_dtype)
         y = self._quantized(x, clip, ready, out_dtype, keep)
-        return self.in_units(y) if ready else y
+        y = self.in_units(y) if ready else y
+        if is_counted:
+            self.clock.count_forward(self, y)
+        return y
 
     def _quantized(
         self, x: Tensor, clip: float, ready: bool, out_dtype: torch.dtype | None, keep: Keep | None
@@ -206,13 +211,24 @@ class FakeQuant(SizedQuantizer):
         """The quantized weight, where :func:`quantize_weights_together` has it; else None."""
         together = self.together
         value = together.get(weight, dtype)
+        if value is not None and self.mark_forward():
+            self.clock.count_forward(self, value)
         if value is not None and value.requires_grad and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
             self.keep(together._replace(again=False))
         return value
 
+    def needs_time(self) -> bool:
+        """True if it tracks, follows a schedule, draws noise, or moves its range once in a step."""
+        scheduled = self.dampening is not None and isinstance(self.dampening.weight, Schedule)
+        noisy = ESTIMATORS[self.estimator][0] == STOCHASTIC
+        return (self.tracked and self.is_following) or (
+            self.fake_quant_enabled and (self.tracker is not None or scheduled or noisy)
+        )
+
     def advanced(self) -> None:
-        """Forget what was quantized before the step."""
+        """Forget what was quantized before the step; keep the range where its parameters are whole in a pass only."""
         self.keep(NOTHING)
+        self.write_range_to_shards()
         if self.growing and self.growth is not None:
             self.growing = self.growth.advance(self)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastqat import ranges
+from fastqat.nn.sharded import is_sharded
 
 if TYPE_CHECKING:
     from fastqat.nn.ranged import RangedQuantizer
@@ -114,11 +115,6 @@ class Growth(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, *others)
         self._count = int(self.steps)
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """True for a DTensor, of which each process has a part; in its forward pass FSDP2 has it whole."""
-    return hasattr(parameter, "device_mesh")
 
 
 def _whole(parameter: Any) -> Tensor:

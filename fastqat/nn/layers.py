@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fastqat.nn import coded
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.following_weight import GROUPED, channels_first
 from fastqat.nn.gradient import GradientFakeQuant
-from fastqat.nn.growing import is_sharded
+from fastqat.nn.sharded import is_sharded
 from fastqat.ops import checks
 
 
@@ -256,7 +257,7 @@ class _TransposedConvolution(QuantizedLayer):
 
         A view where groups is 1, or where the length that the groups split is groups.
         """
-        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        return channels_first(weight, GROUPED, groups)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """x: [N, in_channels, *size] or [in_channels, *size] -> [N, out_channels, *size'] or [out_channels, *size'].

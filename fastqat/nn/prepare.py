@@ -10,17 +10,21 @@ import torch
 from torch import nn
 
 from fastqat.multi_tensor import STATE
+from fastqat.nn.clock import ANCHOR, Anchor, ModelClock
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.following_weight import COMPUTED
 from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.masks import keep_as_torch
 from fastqat.nn.quantized_values import write_quantized_weights
 from fastqat.nn.selection import Choice, Override, choose, names_of_modules
+from fastqat.nn.sharded import is_sharded
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.together import BUCKETS
 from fastqat.nn.tracking import Tracker
 from fastqat.nn.twins import (
     changed_since,
+    form_of_weight,
     guard_fused_kernels,
     is_twin,
     quantized_view,
@@ -83,8 +87,9 @@ def prepare(
     configs = {layer: choice.config for layer, choice in chosen.items()}
     found = fusions(model, configs) if fuse_activations else {}
     configs.update({fusion.layer: fusion.config for fusion in found.values() if fusion.layer is not None})
-    made: dict[nn.Parameter, FakeQuant] = {}
-    quantizers = {layer: _quantizers_of(layer, names[layer], config, made) for layer, config in configs.items()}
+    made: dict[object, FakeQuant] = {}
+    clock = ModelClock(model)
+    quantizers = {layer: _quantizers_of(layer, names[layer], config, made, clock) for layer, config in configs.items()}
     for number, quantizer in enumerate(_distinct(quantizers)):
         quantizer.tensor_id = number
     for layer, of_layer in quantizers.items():
@@ -106,6 +111,7 @@ def prepare(
     except BaseException:  # a class that cannot be changed, an attribute in the way
         remove(model)
         raise
+    setattr(model, ANCHOR, Anchor(clock))
     _set_ignored(model, [*_ignored(model), *_tracked_buffers(model)])
     return model
 
@@ -144,8 +150,12 @@ def _check_fused_alike(names: dict[nn.Module, str], wanted: bool) -> None:
 
 
 def _check_not_parallel(names: dict[nn.Module, str]) -> None:
-    """DistributedDataParallel shares the gradients of the parameters that it finds when it wraps a module."""
+    """What shares gradients, or shards parameters, does so with those that it finds when it is applied."""
     for module, name in names.items():
+        sharded = next((p for p, value in module.named_parameters(name, recurse=False) if is_sharded(value)), None)
+        if sharded is not None:
+            wanted = "a model to shard after it is prepared"
+            checks.fail(ValueError, "model", wanted, f"the parameter {sharded!r} sharded already")
         if isinstance(module, nn.parallel.DistributedDataParallel):
             got = f"DistributedDataParallel at {name!r}" if name else "DistributedDataParallel"
             checks.fail(ValueError, "model", "one to wrap after it is prepared", got)
@@ -158,17 +168,19 @@ def _distinct(quantizers: Mapping[nn.Module, Mapping[str, Quantizer | None]]) ->
 
 
 def _quantizers_of(
-    layer: nn.Module, name: str, config: QConfig | None, made: dict[nn.Parameter, FakeQuant]
+    layer: nn.Module, name: str, config: QConfig | None, made: dict[object, FakeQuant], clock: ModelClock
 ) -> dict[str, Quantizer | None]:
     """Quantizers of a layer by the name of what they quantize; those of weights are made once and kept in made."""
     if config is None:
         return {}
     weights = {weight_name: getattr(layer, weight_name) for weight_name in weight_names(layer)}
     first = next(iter(weights.values()))
+    # What a forward computes of a weight is a tensor of that layer alone.
+    keys: dict[str, object] = {n: (layer, w) if form_of_weight(layer) == COMPUTED else w for n, w in weights.items()}
     try:
-        for weight in weights.values():
-            if config.weight is not None and weight not in made:
-                made[weight] = _of_weight(layer, weight, config.weight)
+        for weight_name, weight in weights.items():
+            if config.weight is not None and keys[weight_name] not in made:
+                made[keys[weight_name]] = _of_weight(layer, weight, config.weight, clock)
         activation = None if config.activation is None else _build(config.activation, first.device)
         gradient = None if config.gradient is None else GradientFakeQuant(config.gradient, name, first.device)
     except (TypeError, ValueError) as error:
@@ -177,15 +189,16 @@ def _quantizers_of(
         activation.layer_name = name
     for other in (activation, gradient):
         if other is not None:
-            other.follows(first)
-    quantized = {name: made[w] if config.weight is not None else None for name, w in weights.items()}
+            other.join(clock)
+    quantized = {n: made[key] if config.weight is not None else None for n, key in keys.items()}
     return {**quantized, "activation": activation, "gradient": gradient}
 
 
-def _of_weight(layer: nn.Module, weight: nn.Parameter, spec: QSpec) -> FakeQuant:
+def _of_weight(layer: nn.Module, weight: nn.Parameter, spec: QSpec, clock: ModelClock) -> FakeQuant:
     quantizer = _build(spec, weight.device)
-    quantizer.right_inverse(quantized_view(layer, weight))
-    quantizer.follows(weight)
+    quantizer.join(clock)  # first: else it would follow the weight
+    if form_of_weight(layer) is not None:  # else its first forward says what is quantized
+        quantizer.right_inverse(quantized_view(layer, weight))
     return quantizer
 
 
@@ -239,6 +252,7 @@ def remove(model: nn.Module, *, keep: str = "float", example_inputs: Any = None)
     _set_ignored(model, [name for name in _ignored(model) if name not in tracked])
     for module in list(model.modules()):
         module.__dict__.pop(CHOICE, None)
+        module.__dict__.pop(ANCHOR, None)
         unfuse(module)
         keep_as_torch(module)
         buckets = module.__dict__.pop(BUCKETS, None)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.following_weight import AS_IS
 from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.observe import FloatOperations, eagerly, evaluating, nothing_changes, run_inputs
 from fastqat.nn.selection import names_of_modules
-from fastqat.nn.twins import quantized_view
+from fastqat.nn.twins import form_of_weight, original_class, quantized_view
 from fastqat.ops import checks
 
 WHAT = "keep='quantized', "
@@ -98,6 +99,10 @@ def _weights(names: dict[nn.Module, str]) -> Iterator[_Weight]:
             for weight_name, quantizer in module.weight_quantizers().items():
                 if module._parameters.get(weight_name) is None:  # type: ignore[attr-defined]  # it is a module
                     _refuse_computed(module, name, weight_name)
+                if form_of_weight(module) != AS_IS:  # type: ignore[arg-type]
+                    got = f"a {original_class(module).__name__}, whose forward hands another tensor to its product"  # type: ignore[arg-type]
+                    wanted = f"a layer whose weight is quantized as it is ({HOW_ELSE})"
+                    checks.fail(ValueError, f"{WHAT}layer {name!r}", wanted, got)
                 yield _Weight(module, name, weight_name, quantizer)
 
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from fastqat import functional, ranges
 from fastqat.nn.following import FollowingRange
 from fastqat.nn.growing import Growth
+from fastqat.nn.sharded import write_parameter
 from fastqat.nn.spec import code_range
 from fastqat.ops import checks
 
@@ -159,11 +160,11 @@ class RangedQuantizer(FollowingRange):
             self.materialize(tuple(scale.shape), self.qrange.device)
         if scale.shape != self.scale.shape:
             checks.fail(ValueError, "scale", f"shape {list(self.scale.shape)}", list(scale.shape))
-        self.scale.copy_(scale)
+        write_parameter(self.scale, scale)
         if self.zero_point is not None and zero_point is not None:
-            self.zero_point.copy_(zero_point)
+            write_parameter(self.zero_point, zero_point)
         if self.offset is not None and zero_point is not None:
-            self.offset.copy_(-scale * zero_point)
+            write_parameter(self.offset, -scale * zero_point)
         if self.range_low is not None:
             self._begin_range(*self._bounds_of(scale, zero_point))
         self.initialized = True
