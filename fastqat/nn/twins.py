@@ -101,6 +101,8 @@ def form_of_weight(layer: nn.Module) -> str | None:
     """
     if isinstance(layer, OwnForward):
         return layer.weight_form
+    if is_twin(layer):  # its forward is the twin's
+        return AS_IS
     own = torch_layer(type(layer)) is not nn.MultiheadAttention and has_own_forward(type(layer))
     return _use(layer).form if own else AS_IS
 
