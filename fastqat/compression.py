@@ -15,7 +15,7 @@ from torch import nn
 from fastqat.nn import coded, layers
 from fastqat.nn.masks import keep_as_torch, keep_less
 from fastqat.nn.own_forward import OwnForward
-from fastqat.nn.prepare import CHOICE
+from fastqat.nn.selection import CHOICE
 from fastqat.nn.twins import is_twin, original_class, torch_layer
 from fastqat.ops import checks
 

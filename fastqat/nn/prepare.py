@@ -11,13 +11,14 @@ from torch import nn
 
 from fastqat.multi_tensor import STATE
 from fastqat.nn.clock import ANCHOR, Anchor, ModelClock
+from fastqat.nn.coverage import check_coverage, least_share
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.following_weight import COMPUTED
 from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.masks import keep_as_torch
 from fastqat.nn.quantized_values import write_quantized_weights
-from fastqat.nn.selection import Choice, Override, choose, names_of_modules
+from fastqat.nn.selection import CHOICE, Choice, Override, choose, names_of_modules
 from fastqat.nn.sharded import is_sharded
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.together import BUCKETS
@@ -36,7 +37,6 @@ from fastqat.nn.twins import (
 from fastqat.ops import checks
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # attribute that DistributedDataParallel looks for
-CHOICE = "fake_quant_choice"  # attribute of every layer that prepare decided on
 
 Quantizer = FakeQuant | GradientFakeQuant
 
@@ -48,6 +48,8 @@ def prepare(
     first_last_bits: int | None = None,
     overrides: Mapping[str, Override] | None = None,
     fuse_activations: bool = False,
+    coverage: str | float | None = "warn",
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Quantize weights and activations of the layers of a model, in place.
 
@@ -68,6 +70,11 @@ def prepare(
         fuse_activations: a ReLU or ReLU6 module whose output goes into one quantized layer and nowhere else becomes an
             identity, and the quantizer of that layer's input computes it in the same pass: the same values and
             gradients, with one pass over memory less. Hooks added to the module later see what comes before it.
+        coverage: what to do where less than 95 % of the network is quantized, counted in multiplications (with
+            example_inputs) and in parameters (of matrices and larger tensors): "warn", "error", None for nothing, or
+            another share in (0, 1] below which to warn. What overrides left in float is not held against it.
+        example_inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments. With them
+            the model runs once, without a trace, to count multiplications.
 
     Returns:
         The model.
@@ -75,8 +82,13 @@ def prepare(
     Raises:
         TypeError, ValueError: the model has no such layer, is prepared otherwise already, or is data-parallel; a
             pattern matches no layer; an option is wrong, or does not fit a layer; two layers want different quantizers
-            for one weight. The message names it, and the model is as it was.
+            for one weight; coverage="error" finds too little quantized. The message names it, and the model is as it
+            was.
+
+    Warns:
+        UserWarning: too little is quantized; the message names the share, and the largest kinds left in float.
     """
+    least_share(coverage)
     chosen = choose(model, config, first_last_bits, overrides)
     names = {module: found[0] for module, found in names_of_modules(model).items()}
     if any(is_twin(module) for module in model.modules()):
@@ -108,6 +120,7 @@ def prepare(
                 _add(module, QConfig(None, None), {})  # its own forward would go past its projection
             guard_fused_kernels(module)
         fuse(found, names)
+        check_coverage(model, coverage, example_inputs)
     except BaseException:  # a class that cannot be changed, an attribute in the way
         remove(model)
         raise

@@ -10,14 +10,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fastqat.nn.coverage import Coverage, coverage_of
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.fuse import NOTE, FusedActivation
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.observe import Calls, FloatOperations, eagerly, evaluating, nothing_changes, run_inputs
-from fastqat.nn.prepare import CHOICE
+from fastqat.nn.past_reads import PastRead, past_reads
 from fastqat.nn.scales import count_at_floor
-from fastqat.nn.selection import candidates, names_of_modules
+from fastqat.nn.selection import CHOICE, candidates, names_of_modules
 from fastqat.nn.table import collapsed, table
 from fastqat.nn.twins import original_class
 
@@ -97,6 +98,8 @@ class Report:
         operations: what runs in float between layers; None without example inputs.
         quantized_parameters, parameters: how many numbers have a quantizer, and how many there are.
         activations: what has become of each ReLU and ReLU6 where ``prepare`` was asked to fuse them.
+        coverage: the share of the network that is quantized.
+        past: what reads quantized weights past their quantizers; functions are found with example inputs only.
     """
 
     quantizers: tuple[QuantizerRow, ...]
@@ -105,6 +108,8 @@ class Report:
     quantized_parameters: int
     parameters: int
     activations: tuple[ActivationRow, ...] = ()
+    coverage: Coverage = Coverage(1.0, None, ())
+    past: tuple[PastRead, ...] = ()
 
     @property
     def never_ran(self) -> tuple[QuantizerRow, ...]:
@@ -118,8 +123,13 @@ class Report:
     def __str__(self) -> str:
         layers = len({row.layer for row in self.quantizers})
         share = f"{self.quantized_parameters:,} of {self.parameters:,} parameters"
-        parts = [f"Quantized: {layers} layers, {len(self.quantizers)} quantizers, {share}"]
+        bits = f"{self.coverage.bits} of " if self.coverage.bits else ""
+        parts = [f"Quantized: {layers} layers, {len(self.quantizers)} quantizers, {share}: {bits}{self.coverage}"]
         parts.append(_quantizer_table(self.quantizers))
+        if self.past:
+            parts.append("READ PAST ITS QUANTIZER: these compute with the weight in float")
+            past = [(row.parameter, row.module or "(model)", row.kind, row.reads, row.calls) for row in self.past]
+            parts.append(table(("weight", "by", "kind", "reads", "calls"), collapsed(past)))
         if any(row.at_floor for row in self.quantizers):
             parts.append(f"SCALES AT THEIR FLOOR: {self._at_floor()}: what they quantize is 0 or next to it.")
         if self.activations:
@@ -148,8 +158,9 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
     """Say what of a model is quantized and how, and what was left in float and why.
 
     With example inputs the model runs once, eagerly, in evaluation mode, without gradients and without any change to
-    it. Only then can the report say whether each quantizer runs (a module may use the weight of a layer and never call
-    it), and which sums and products of tensors stay in float.
+    it (three times: calls, multiplications, reads of weights). Only then can the report say whether each quantizer
+    runs (a module may use the weight of a layer and never call it), and which sums and products of tensors stay in
+    float.
 
     Args:
         model: any module, prepared or not.
@@ -173,6 +184,8 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
         sum(w.numel() for w in quantized.values()),
         sum(0 if is_lazy(p) else p.numel() for p in parameters.values()),
         tuple(_activation_rows(names)),
+        coverage_of(model, example_inputs),
+        past_reads(model, example_inputs),
     )
 
 

@@ -31,6 +31,7 @@ from fastqat.nn.twins import (
 from fastqat.ops import checks
 
 Override = QConfig | Mapping[str, Any] | None
+CHOICE = "fake_quant_choice"  # attribute of every layer that prepare decided on
 
 
 @dataclass(frozen=True)
