@@ -285,7 +285,7 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
         engine.queue_callback(functools.partial(_move, moved, number_of_changes(optimizer)))
     else:
         _move(moved, number_of_changes(optimizer))
-    warn_of_unowned_scales((m for clock in moved for m in clock.members if not m.by_hand), optimizers)
+    warn_of_unowned_scales((m for clock in moved for m in clock.members if not m.by_hand), optimizer)
 
 
 def _owned_by(optimizer: Optimizer) -> list[Clock]:
