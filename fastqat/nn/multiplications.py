@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -38,7 +39,9 @@ def count_multiplications(model: nn.Module, run: Callable[[], object]) -> Multip
     """
     names = {module: name for name, module in model.named_modules()}
     quantizers = [module for module in names if isinstance(module, FakeQuant)]
-    with evaluating(model), eagerly(), nothing_changes(quantizers), _decomposed_attention():
+    with evaluating(model), eagerly(), nothing_changes(quantizers), _decomposed_attention(), warnings.catch_warnings():
+        # The counter listens to all modules; a compiled one, which runs eagerly here, would warn of that.
+        warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
         with FlopCounterMode(display=False) as counter:
             run()
     counts = counter.get_flop_counts()
