@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastqat.multi_tensor import STATE
+from fastqat.nn.coverage import CHOICE, check_coverage, least_share
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
 from fastqat.nn.gradient import GradientFakeQuant
@@ -31,7 +32,6 @@ from fastqat.nn.twins import (
 from fastqat.ops import checks
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # attribute that DistributedDataParallel looks for
-CHOICE = "fake_quant_choice"  # attribute of every layer that prepare decided on
 
 Quantizer = FakeQuant | GradientFakeQuant
 
@@ -43,6 +43,8 @@ def prepare(
     first_last_bits: int | None = None,
     overrides: Mapping[str, Override] | None = None,
     fuse_activations: bool = False,
+    coverage: str | float | None = "warn",
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Quantize weights and activations of the layers of a model, in place.
 
@@ -63,6 +65,11 @@ def prepare(
         fuse_activations: a ReLU or ReLU6 module whose output goes into one quantized layer and nowhere else becomes an
             identity, and the quantizer of that layer's input computes it in the same pass: the same values and
             gradients, with one pass over memory less. Hooks added to the module later see what comes before it.
+        coverage: "warn" warns where less than 95 % of the multiplications, or of the parameters of two dimensions or
+            more, are quantized; a number in (0, 1] is the least share instead; "error" raises; None is silent. Layers
+            that overrides leave in float are not held against it.
+        example_inputs: as of :func:`report`; the model runs once with them, and its multiplications are counted.
+            Without them the parameters alone are looked at.
 
     Returns:
         The model.
@@ -70,13 +77,16 @@ def prepare(
     Raises:
         TypeError, ValueError: the model has no such layer, is prepared otherwise already, or is data-parallel; a
             pattern matches no layer; an option is wrong, or does not fit a layer; two layers want different quantizers
-            for one weight. The message names it, and the model is as it was.
+            for one weight; coverage="error", and less is quantized. The message names it, and the model is as it was.
     """
+    least_share(coverage)
     chosen = choose(model, config, first_last_bits, overrides)
     names = {module: found[0] for module, found in names_of_modules(model).items()}
     if any(is_twin(module) for module in model.modules()):
         _check_prepared_alike(chosen, names)
         _check_fused_alike(names, fuse_activations)
+        if coverage == "error":  # the warning was given
+            check_coverage(model, example_inputs, coverage)
         return model
     _check_not_parallel(names)
     configs = {layer: choice.config for layer, choice in chosen.items()}
@@ -97,7 +107,8 @@ def prepare(
                 _add(module, QConfig(None, None), {})  # its own forward would go past its projection
             guard_fused_kernels(module)
         fuse(found, names)
-    except BaseException:  # a class that cannot be changed, an attribute in the way
+        check_coverage(model, example_inputs, coverage)
+    except BaseException:  # a class that cannot be changed, an attribute in the way, too little that is quantized
         remove(model)
         raise
     _set_ignored(model, [*_ignored(model), *_tracked_buffers(model)])

@@ -31,7 +31,7 @@ class Product(NamedTuple):
     of_weight: bool
 
 
-class Products(TorchDispatchMode):
+class Products:
     """Counts multiplications of matrix products and convolutions while its ``with`` block runs.
 
     Args:
@@ -42,7 +42,6 @@ class Products(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         self.count: Counter[Product] = Counter()
         self.modules = RunningModules(model)
         # By storage: a transposed or sliced Parameter is another tensor on the same one.
@@ -53,41 +52,54 @@ class Products(TorchDispatchMode):
 
     def __enter__(self) -> Products:
         self.modules.__enter__()
-        super().__enter__()
+        self.mode = _EveryOperation(self)
+        self.mode.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        self.mode.__exit__(kind, error, trace)
         self.modules.__exit__(kind, error, trace)
+
+    def add(self, func: Any, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count an operation that gave y, if it multiplies."""
+        macs = self._macs(func, y, args, kwargs)
+        if macs and self.modules.stack:
+            factors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            names = dict.fromkeys(name for x in factors for name in self.names.get(_storage(x), [])[:1])
+            batched = getattr(func, "overloadpacket", None) in _BATCHED
+            # A weight that a batch shares stands still where the batch moves on.
+            of_weight = bool(names) or not batched or any(x.dim() == 3 and x.stride(0) == 0 for x in factors)
+            self.count[Product(self.modules.stack[-1], tuple(names), of_weight)] += macs
+
+    def _macs(self, func: Any, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        packet = getattr(func, "overloadpacket", None)
+        if packet in _GROUPED:  # each row of x meets one of the matrices: y has as many elements as sums were taken
+            return int(y.numel() * args[0].shape[-1])
+        return int(flop_registry[packet](*args, **kwargs, out_val=y)) // 2 if packet in flop_registry else 0
+
+
+class _EveryOperation(TorchDispatchMode):
+    """Shows every operation to what counts products."""
+
+    def __init__(self, products: Products) -> None:
+        super().__init__()
+        self.products = products
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operation, and count it if it multiplies."""
+        """Run one operation."""
         kwargs = kwargs or {}
-        if isinstance(func, torch._ops.OpOverload) and func not in flop_registry:
+        if isinstance(func, torch._ops.OpOverload) and func.overloadpacket not in flop_registry:
             with self:  # an operation of several, like the attention of torch, shows its products
                 y = func.decompose(*args, **kwargs)
             if y is not NotImplemented:
                 return y
         y = func(*args, **kwargs)
-        macs = self._macs(func, y, args, kwargs)
-        if macs and self.modules.stack:
-            factors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            names = dict.fromkeys(name for x in factors for name in self.names.get(_storage(x), [])[:1])
-            batched = getattr(func, "_overloadpacket", None) in _BATCHED
-            # A weight that a batch shares stands still where the batch moves on.
-            of_weight = bool(names) or not batched or any(x.dim() == 3 and x.stride(0) == 0 for x in factors)
-            self.count[Product(self.modules.stack[-1], tuple(names), of_weight)] += macs
+        self.products.add(func, y, args, kwargs)
         return y
-
-    def _macs(self, func: Any, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        packet = getattr(func, "_overloadpacket", None)
-        if packet in _GROUPED:  # each row of x meets one of the matrices: y has as many elements as sums were taken
-            return int(y.numel() * args[0].shape[-1])
-        return int(flop_registry[packet](*args, **kwargs, out_val=y)) // 2 if packet in flop_registry else 0
 
 
 def _storage(x: Tensor) -> int:
