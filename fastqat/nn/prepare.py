@@ -70,11 +70,11 @@ def prepare(
         fuse_activations: a ReLU or ReLU6 module whose output goes into one quantized layer and nowhere else becomes an
             identity, and the quantizer of that layer's input computes it in the same pass: the same values and
             gradients, with one pass over memory less. Hooks added to the module later see what comes before it.
-        coverage: what to do where less than 95 % of the network is quantized, counted in multiplications (with
-            example_inputs) and in parameters (of matrices and larger tensors): "warn", "error", None for nothing, or
-            another share in (0, 1] below which to warn. What overrides left in float is not held against it.
-        example_inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments. With them
-            the model runs once, without a trace, to count multiplications.
+        coverage: "warn" warns where less than 95 % of the multiplications, or of the parameters of two dimensions or
+            more, are quantized; a number in (0, 1] is the least share instead; "error" raises; None is silent. Layers
+            that overrides leave in float are not held against it.
+        example_inputs: as of :func:`report`; the model runs once with them, and its multiplications are counted.
+            Without them the parameters alone are looked at.
 
     Returns:
         The model.
@@ -82,8 +82,7 @@ def prepare(
     Raises:
         TypeError, ValueError: the model has no such layer, is prepared otherwise already, or is data-parallel; a
             pattern matches no layer; an option is wrong, or does not fit a layer; two layers want different quantizers
-            for one weight; coverage="error" finds too little quantized. The message names it, and the model is as it
-            was.
+            for one weight; coverage="error", and less is quantized. The message names it, and the model is as it was.
 
     Warns:
         UserWarning: too little is quantized (the message names the share, and the largest kinds left in float), or the
@@ -95,6 +94,8 @@ def prepare(
     if any(is_twin(module) for module in model.modules()):
         _check_prepared_alike(chosen, names)
         _check_fused_alike(names, fuse_activations)
+        if coverage == "error":  # the warning was given
+            check_coverage(model, example_inputs, coverage)
         return model
     _check_not_parallel(names)
     configs = {layer: choice.config for layer, choice in chosen.items()}
@@ -121,8 +122,8 @@ def prepare(
                 _add(module, QConfig(None, None), {})  # its own forward would go past its projection
             guard_fused_kernels(module)
         fuse(found, names)
-        check_coverage(model, coverage, example_inputs)
-    except BaseException:  # a class that cannot be changed, an attribute in the way
+        check_coverage(model, example_inputs, coverage)
+    except BaseException:  # a class that cannot be changed, an attribute in the way, too little that is quantized
         remove(model)
         raise
     setattr(model, ANCHOR, Anchor(clock))
