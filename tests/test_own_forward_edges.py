@@ -296,6 +296,9 @@ def test_weights_that_layers_share() -> None:
     scales = [layer.weight_fake_quant.scale for layer in both]
     x = torch.randn(1, 4, 5, 5)
     assert not torch.equal(*scales) and not torch.equal(both[0](x), both[1](x))
+    fastqat.remove(both)
+    fastqat.prepare(both, WEIGHTS, overrides={"0": {"bits": 5}})
+    assert bits(both) == [5, 3]
     turned = nn.ModuleList([nn.Linear(4, 4), Multiplied(4, 4)])
     turned[1].weight = turned[0].weight
     fastqat.prepare(turned, WEIGHTS)
