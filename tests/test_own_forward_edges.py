@@ -387,7 +387,7 @@ def test_first_and_last_layers_that_were_chosen_to_stay_in_float() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     net.position = nn.Parameter(torch.zeros(3, 4))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "first_last_bits")
         fastqat.prepare(net, CONFIG, first_last_bits=8, overrides={"0": None, "2": None})
     assert bits(net) == [4]
 
