@@ -97,6 +97,39 @@ class Normalized(nn.Linear):
         return F.linear(x, self.computed())
 
 
+class Doubled(nn.Linear):
+    """Changes a copy of its weight in place."""
+
+    def computed(self) -> Tensor:
+        """The weight that the product gets."""
+        weight = self.weight.clone()
+        weight *= 2.5
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.computed(), self.bias)
+
+
+class Filled(nn.Linear):
+    """Writes into a copy of its weight."""
+
+    def computed(self) -> Tensor:
+        """The weight that the product gets."""
+        weight = self.weight.clone()
+        weight[:, 0] = 0.7
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.computed(), self.bias)
+
+
+class ThereAndBack(nn.Linear):
+    """Multiplies with its weight, and with the transpose of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight).matmul(self.weight)
+
+
 class Routed(nn.Linear):
     """Returns more than one tensor."""
 
@@ -221,6 +254,9 @@ PATTERNS = (
     Pattern(
         lambda: Normalized(6, 5, bias=False), _rows, lambda m, x, w: F.linear(x, w), lambda m: Normalized.computed(m)
     ),
+    Pattern(lambda: Doubled(6, 5), _rows, lambda m, x, w: F.linear(x, w, m.bias), lambda m: Doubled.computed(m)),
+    Pattern(lambda: Filled(6, 5), _rows, lambda m, x, w: F.linear(x, w, m.bias), lambda m: Filled.computed(m)),
+    Pattern(lambda: ThereAndBack(6, 5, bias=False), _rows, lambda m, x, w: F.linear(x, w).matmul(w)),
     Pattern(
         lambda: Pointwise(4, 6, 1),
         lambda: torch.randn(2, 4, 6),
@@ -242,4 +278,4 @@ PATTERNS = (
     Pattern(lambda: Counted(7, 4), _indices, lambda m, x, w: F.embedding(torch.arange(5).expand(2, -1), w)),
     Pattern(lambda: Sliced(7, 4), _indices, lambda m, x, w: w[:5] + torch.zeros(2, 1, 1)),
 )
-COMPUTED = (Standardized, ByHand, Normalized)
+COMPUTED = (Standardized, ByHand, Normalized, Doubled, Filled)

@@ -296,6 +296,9 @@ def test_weights_that_layers_share() -> None:
     scales = [layer.weight_fake_quant.scale for layer in both]
     x = torch.randn(1, 4, 5, 5)
     assert not torch.equal(*scales) and not torch.equal(both[0](x), both[1](x))
+    fastqat.remove(both)
+    fastqat.prepare(both, WEIGHTS, overrides={"0": {"bits": 5}})
+    assert bits(both) == [5, 3]
     turned = nn.ModuleList([nn.Linear(4, 4), Multiplied(4, 4)])
     turned[1].weight = turned[0].weight
     fastqat.prepare(turned, WEIGHTS)
@@ -384,7 +387,7 @@ def test_first_and_last_layers_that_were_chosen_to_stay_in_float() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     net.position = nn.Parameter(torch.zeros(3, 4))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "first_last_bits")
         fastqat.prepare(net, CONFIG, first_last_bits=8, overrides={"0": None, "2": None})
     assert bits(net) == [4]
 

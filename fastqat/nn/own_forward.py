@@ -36,19 +36,32 @@ class _QuantizedProducts(FollowedWeight):
     def __init__(self, layer: OwnForward, inputs: list[Tensor]) -> None:
         super().__init__(layer.weight_roots(), inputs, layer.is_table, layer.transposed_sources)
         self.layer = layer
+        self.whole: list[tuple[torch.dtype | None, Tensor]] = []  # the weight, by the dtype of autocast
+        self.computed: list[tuple[Tensor, int, Tensor]] = []  # and what was made of it
 
     def handed(self, tensor: Tensor, form: str, place: Place) -> Tensor:
-        """The quantized weight, as the product takes it."""
-        layer = self.layer
+        """The quantized weight, as the product takes it; quantized once for all products of a forward."""
         if form == COMPUTED:
-            return layer.quantized_as_computed(tensor, place)
-        device_type = tensor.device.type
-        weight = layer.quantized_weight(device_type)
+            return self._as_computed(tensor, place)
+        layer, device_type = self.layer, tensor.device.type
+        dtype = layer.quantized_dtype(device_type)
+        weight = next((value for known, value in self.whole if known == dtype), None)
+        if weight is None:
+            weight = layer.quantized_weight(device_type)
+            self.whole.append((dtype, weight))
         if form == TRANSPOSED:
             weight = weight.reshape(tuple(tensor.shape)[::-1]).t()
         elif weight.shape != tensor.shape:
             weight = weight.reshape(tensor.shape)
-        return weight if layer.quantized_dtype(device_type) is not None else weight.to(tensor.dtype)
+        return weight if dtype is not None else weight.to(tensor.dtype)
+
+    def _as_computed(self, tensor: Tensor, place: Place) -> Tensor:
+        for known, channels, value in self.computed:
+            if known is tensor and channels == place.channels:
+                return value
+        value = self.layer.quantized_as_computed(tensor, place)
+        self.computed.append((tensor, place.channels, value))
+        return value
 
 
 class OwnForward(QuantizedLayer):
