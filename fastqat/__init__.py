@@ -26,6 +26,7 @@ from fastqat.nn import (
     quantizer_parameters,
     remove,
     report,
+    scales_at_floor,
     step,
 )
 from fastqat.ops.select import current_backend, status, use_backend
@@ -75,6 +76,7 @@ __all__ = [
     "reestimate_bn",
     "remove",
     "report",
+    "scales_at_floor",
     "set_bit_widths",
     "status",
     "step",

@@ -16,6 +16,7 @@ from fastqat.nn.layers import (
 )
 from fastqat.nn.prepare import fake_quant_enabled, prepare, quantizer_parameters, remove
 from fastqat.nn.report import Report, report
+from fastqat.nn.scales import scales_at_floor
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.timed import step
 from fastqat.nn.together import quantize_weights_together
@@ -46,5 +47,6 @@ __all__ = [
     "quantizer_parameters",
     "remove",
     "report",
+    "scales_at_floor",
     "step",
 ]

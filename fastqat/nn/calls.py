@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastqat.multi_tensor import Plan, apply_multi_tensor
+from fastqat.nn.following_weight import AS_IS, FORM
 from fastqat.nn.items import StepValues, constants_of, dampening_of, threshold_of
 from fastqat.nn.sharded import is_sharded
 from fastqat.nn.spec import QSpec
@@ -36,8 +37,8 @@ class Member(NamedTuple):
     def is_ready(self) -> bool:
         """True if the layer would quantize its weight as it is now.
 
-        Not where it is computed (parametrized, pruned) or sharded until the layer runs, where a hook of the layer or
-        its max_norm may change it first, or where the layer has lost the quantizer.
+        Not where it is computed (parametrized, pruned, standardized) or sharded until the layer runs, where a hook of
+        the layer, its forward or its max_norm may change it first, or where the layer has lost the quantizer.
         """
         layer: dict[str, Any] = self.layer.__dict__  # past nn.Module, whose way to look for attributes is a long one
         return (
@@ -45,6 +46,7 @@ class Member(NamedTuple):
             and layer["_modules"].get(self.name + "_fake_quant") is self.quantizer
             and not layer["_forward_pre_hooks"]
             and layer.get("max_norm") is None
+            and layer.get(FORM, AS_IS) == AS_IS
             and self.quantizer.is_ready()
             and not is_sharded(layer["_parameters"][self.name])
             and not is_sharded(self.quantizer._parameters["scale"])

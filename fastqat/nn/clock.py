@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastqat.nn.optimizer_steps import number_of_changes, running_steps
 from fastqat.nn.owner import Absence, Place, common_place, has_gradients, looks_of
+from fastqat.nn.unowned_scales import warn_of_unowned_scales
 
 if TYPE_CHECKING:
     from fastqat.nn.timed import Timed
@@ -284,6 +285,7 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
         engine.queue_callback(functools.partial(_move, moved, number_of_changes(optimizer)))
     else:
         _move(moved, number_of_changes(optimizer))
+    warn_of_unowned_scales((m for clock in moved for m in clock.members if not m.by_hand), [optimizer])
 
 
 def _owned_by(optimizer: Optimizer) -> list[Clock]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.own_forward import OwnForward
 from fastqat.nn.twins import original_class, torch_layer
 
 # Names of torch's functions and Tensor's methods, without the underscores around them.
@@ -44,6 +45,13 @@ def eagerly() -> contextlib.AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:  # nothing has imported the compiler: nothing is compiled
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+def run_inputs(model: nn.Module, example_inputs: Any) -> object:
+    """Run a model on example inputs: a tensor, positional arguments (tuple, list), or a mapping of keyword ones."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    return model(*([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs))
 
 
 def run_batch(model: nn.Module, batch: Any) -> object:
@@ -136,6 +144,7 @@ class FloatOperations(TorchFunctionMode):
         if self.running:
             module, name = self.running[-1], _operation(func, (*args, *kwargs.values()))
             own = name in _WITH_A_WEIGHT and torch_layer(original_class(module)) is not None
+            own = own or (isinstance(module, OwnForward) and name in _PRODUCTS)  # with its quantized weight
             if name is not None and not own and not isinstance(module, FakeQuant):
                 self.count[module, name] += 1
         return func(*args, **kwargs)

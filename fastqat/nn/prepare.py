@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -11,17 +11,21 @@ from torch import nn
 
 from fastqat.multi_tensor import STATE
 from fastqat.nn.clock import ANCHOR, Anchor, ModelClock
+from fastqat.nn.coverage import check_coverage, least_share
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.following_weight import COMPUTED
 from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.masks import keep_as_torch
-from fastqat.nn.selection import Choice, Override, choose, names_of_modules
+from fastqat.nn.quantized_values import write_quantized_weights
+from fastqat.nn.selection import CHOICE, Choice, Override, choose, names_of_modules
 from fastqat.nn.sharded import is_sharded
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.together import BUCKETS
 from fastqat.nn.tracking import Tracker
 from fastqat.nn.twins import (
     changed_since,
+    form_of_weight,
     guard_fused_kernels,
     is_twin,
     quantized_view,
@@ -33,7 +37,6 @@ from fastqat.nn.twins import (
 from fastqat.ops import checks
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # attribute that DistributedDataParallel looks for
-CHOICE = "fake_quant_choice"  # attribute of every layer that prepare decided on
 
 Quantizer = FakeQuant | GradientFakeQuant
 
@@ -45,6 +48,8 @@ def prepare(
     first_last_bits: int | None = None,
     overrides: Mapping[str, Override] | None = None,
     fuse_activations: bool = False,
+    coverage: str | float | None = "warn",
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Quantize weights and activations of the layers of a model, in place.
 
@@ -65,6 +70,11 @@ def prepare(
         fuse_activations: a ReLU or ReLU6 module whose output goes into one quantized layer and nowhere else becomes an
             identity, and the quantizer of that layer's input computes it in the same pass: the same values and
             gradients, with one pass over memory less. Hooks added to the module later see what comes before it.
+        coverage: what to do where less than 95 % of the network is quantized, counted in multiplications (with
+            example_inputs) and in parameters (of matrices and larger tensors): "warn", "error", None for nothing, or
+            another share in (0, 1] below which to warn. What overrides left in float is not held against it.
+        example_inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments. With them
+            the model runs once, without a trace, to count multiplications.
 
     Returns:
         The model.
@@ -72,8 +82,13 @@ def prepare(
     Raises:
         TypeError, ValueError: the model has no such layer, is prepared otherwise already, or is data-parallel; a
             pattern matches no layer; an option is wrong, or does not fit a layer; two layers want different quantizers
-            for one weight. The message names it, and the model is as it was.
+            for one weight; coverage="error" finds too little quantized. The message names it, and the model is as it
+            was.
+
+    Warns:
+        UserWarning: too little is quantized; the message names the share, and the largest kinds left in float.
     """
+    least_share(coverage)
     chosen = choose(model, config, first_last_bits, overrides)
     names = {module: found[0] for module, found in names_of_modules(model).items()}
     if any(is_twin(module) for module in model.modules()):
@@ -84,11 +99,16 @@ def prepare(
     configs = {layer: choice.config for layer, choice in chosen.items()}
     found = fusions(model, configs) if fuse_activations else {}
     configs.update({fusion.layer: fusion.config for fusion in found.values() if fusion.layer is not None})
-    made: dict[nn.Parameter, FakeQuant] = {}
+    made: dict[object, FakeQuant] = {}
     clock = ModelClock(model)
     quantizers = {layer: _quantizers_of(layer, names[layer], config, made, clock) for layer, config in configs.items()}
     for number, quantizer in enumerate(_distinct(quantizers)):
         quantizer.tensor_id = number
+    for layer, of_layer in quantizers.items():
+        for tensor, made_here in of_layer.items():
+            if isinstance(made_here, FakeQuant):
+                made_here.layer_name = made_here.layer_name or names[layer]
+                made_here.is_of_weight = tensor != "activation"
     # All are made by now: a layer that cannot be quantized leaves the model as it was.
     try:
         for layer, choice in chosen.items():
@@ -100,6 +120,7 @@ def prepare(
                 _add(module, QConfig(None, None), {})  # its own forward would go past its projection
             guard_fused_kernels(module)
         fuse(found, names)
+        check_coverage(model, coverage, example_inputs)
     except BaseException:  # a class that cannot be changed, an attribute in the way
         remove(model)
         raise
@@ -160,17 +181,19 @@ def _distinct(quantizers: Mapping[nn.Module, Mapping[str, Quantizer | None]]) ->
 
 
 def _quantizers_of(
-    layer: nn.Module, name: str, config: QConfig | None, made: dict[nn.Parameter, FakeQuant], clock: ModelClock
+    layer: nn.Module, name: str, config: QConfig | None, made: dict[object, FakeQuant], clock: ModelClock
 ) -> dict[str, Quantizer | None]:
     """Quantizers of a layer by the name of what they quantize; those of weights are made once and kept in made."""
     if config is None:
         return {}
     weights = {weight_name: getattr(layer, weight_name) for weight_name in weight_names(layer)}
     first = next(iter(weights.values()))
+    # What a forward computes of a weight is a tensor of that layer alone.
+    keys: dict[str, object] = {n: (layer, w) if form_of_weight(layer) == COMPUTED else w for n, w in weights.items()}
     try:
-        for weight in weights.values():
-            if config.weight is not None and weight not in made:
-                made[weight] = _of_weight(layer, weight, config.weight, clock)
+        for weight_name, weight in weights.items():
+            if config.weight is not None and keys[weight_name] not in made:
+                made[keys[weight_name]] = _of_weight(layer, weight, config.weight, clock)
         activation = None if config.activation is None else _build(config.activation, first.device)
         gradient = None if config.gradient is None else GradientFakeQuant(config.gradient, name, first.device)
     except (TypeError, ValueError) as error:
@@ -180,14 +203,15 @@ def _quantizers_of(
     for other in (activation, gradient):
         if other is not None:
             other.join(clock)
-    quantized = {name: made[w] if config.weight is not None else None for name, w in weights.items()}
+    quantized = {n: made[key] if config.weight is not None else None for n, key in keys.items()}
     return {**quantized, "activation": activation, "gradient": gradient}
 
 
 def _of_weight(layer: nn.Module, weight: nn.Parameter, spec: QSpec, clock: ModelClock) -> FakeQuant:
     quantizer = _build(spec, weight.device)
     quantizer.join(clock)  # first: else it would follow the weight
-    quantizer.right_inverse(quantized_view(layer, weight))
+    if form_of_weight(layer) is not None:  # else its first forward says what is quantized
+        quantizer.right_inverse(quantized_view(layer, weight))
     return quantizer
 
 
@@ -209,22 +233,26 @@ def _quantizer_names(layer: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
+def remove(model: nn.Module, *, keep: str = "float", example_inputs: Any = None) -> nn.Module:
     """Undo :func:`prepare`, in place: the layers get their classes back, and lose their quantizers.
 
     A model without quantized layers stays as it is, and so does a FakeQuant that ``prepare`` did not make.
 
     Args:
         model: any module.
-        keep: "float" leaves the weights as they are; "quantized" writes into each the value that its quantizer gives.
-            A layer that was left in float and shares a quantized weight gets that value too.
+        keep: "float" leaves the weights as they are; "quantized" writes into each the value that its quantizer gives in
+            evaluation, where that is what all that read the weight were given.
+        example_inputs: as of :func:`report`, for keep="quantized": the model runs once, and a function that reads a
+            quantized weight past its quantizer, like ``F.linear(h, emb.weight)``, is found. Without them it is not.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: keep is something else, or a layer was parametrized after it was prepared; the message names it,
-            and the model is as it was.
+        ValueError: keep is something else, or a layer was parametrized after it was prepared. With keep="quantized"
+            also: a hook computes the weight of a layer (pruning, weight norm, spectral norm); two quantizers share a
+            weight that was tied after ``prepare``; a module that is left in float holds a quantized weight too, or a
+            function reads it. The message names it, and the model is as it was.
     """
     checks.choice("keep", keep, ("float", "quantized"))
     twins = {module: name for name, module in model.named_modules() if is_twin(module)}
@@ -232,7 +260,7 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
         if changed_since(twin):
             checks.fail(ValueError, f"layer {name!r}", "the class that prepare gave it", type(twin).__name__)
     if keep == "quantized":
-        _write_quantized_weights(twins)
+        write_quantized_weights(model, example_inputs)
     tracked = set(_tracked_buffers(model))
     _set_ignored(model, [name for name in _ignored(model) if name not in tracked])
     for module in list(model.modules()):
@@ -249,20 +277,6 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
             module.__dict__.pop("activation_on", None)
         to_original(module)
     return model
-
-
-def _write_quantized_weights(twins: Iterable[Any]) -> None:
-    """Replace each quantized weight by its value, one that layers share once: not all quantizers leave it as it is."""
-    written: set[int] = set()
-    for twin in twins:
-        for name, quantizer in twin.weight_quantizers().items():
-            weight = getattr(twin, name)
-            if id(weight) in written:
-                continue
-            written.add(id(weight))
-            quantizer.eval()  # the range stays where it is
-            # The view may be a copy: the move of the channels is its own inverse.
-            weight.copy_(quantized_view(twin, quantizer(quantized_view(twin, weight))))
 
 
 class fake_quant_enabled:  # a function to its users, who may write `with` before it

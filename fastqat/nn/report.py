@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fastqat.nn.coverage import Coverage, coverage_of
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.fuse import NOTE, FusedActivation
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.layers import QuantizedLayer
-from fastqat.nn.observe import Calls, FloatOperations, eagerly, evaluating, nothing_changes
-from fastqat.nn.prepare import CHOICE
-from fastqat.nn.selection import candidates, names_of_modules
+from fastqat.nn.observe import Calls, FloatOperations, eagerly, evaluating, nothing_changes, run_inputs
+from fastqat.nn.past_reads import PastRead, past_reads
+from fastqat.nn.scales import count_at_floor
+from fastqat.nn.selection import CHOICE, candidates, names_of_modules
 from fastqat.nn.table import collapsed, table
 from fastqat.nn.twins import original_class
 
@@ -34,6 +36,7 @@ class QuantizerRow:
         shared_with: other layers that use the same quantizer.
         note: what decided it, beside the configuration.
         runs: its calls with the example inputs; None without them. A shared one is called for each of its layers.
+        at_floor: scales that are not above eps, see :func:`fastqat.scales_at_floor`.
     """
 
     layer: str
@@ -52,6 +55,7 @@ class QuantizerRow:
     shared_with: tuple[str, ...]
     note: str
     runs: int | None
+    at_floor: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Report:
         operations: what runs in float between layers; None without example inputs.
         quantized_parameters, parameters: how many numbers have a quantizer, and how many there are.
         activations: what has become of each ReLU and ReLU6 where ``prepare`` was asked to fuse them.
+        coverage: the share of the network that is quantized.
+        past: what reads quantized weights past their quantizers; functions are found with example inputs only.
     """
 
     quantizers: tuple[QuantizerRow, ...]
@@ -102,17 +108,30 @@ class Report:
     quantized_parameters: int
     parameters: int
     activations: tuple[ActivationRow, ...] = ()
+    coverage: Coverage = Coverage(1.0, None, ())
+    past: tuple[PastRead, ...] = ()
 
     @property
     def never_ran(self) -> tuple[QuantizerRow, ...]:
         """The quantizers that the example inputs did not reach: something goes past their layer."""
         return tuple(row for row in self.quantizers if row.runs == 0)
 
+    def _at_floor(self) -> str:
+        low = [row for row in self.quantizers if row.at_floor]
+        return ", ".join(f"{row.at_floor} of {row.scales} in {row.layer or '(model)'} ({row.tensor})" for row in low)
+
     def __str__(self) -> str:
         layers = len({row.layer for row in self.quantizers})
         share = f"{self.quantized_parameters:,} of {self.parameters:,} parameters"
-        parts = [f"Quantized: {layers} layers, {len(self.quantizers)} quantizers, {share}"]
+        bits = f"{self.coverage.bits} of " if self.coverage.bits else ""
+        parts = [f"Quantized: {layers} layers, {len(self.quantizers)} quantizers, {share}: {bits}{self.coverage}"]
         parts.append(_quantizer_table(self.quantizers))
+        if self.past:
+            parts.append("READ PAST ITS QUANTIZER: these compute with the weight in float")
+            past = [(row.parameter, row.module or "(model)", row.kind, row.reads, row.calls) for row in self.past]
+            parts.append(table(("weight", "by", "kind", "reads", "calls"), collapsed(past)))
+        if any(row.at_floor for row in self.quantizers):
+            parts.append(f"SCALES AT THEIR FLOOR: {self._at_floor()}: what they quantize is 0 or next to it.")
         if self.activations:
             fused = sum(bool(row.layer) for row in self.activations)
             parts.append(f"Fused into the quantizer behind: {fused} of {len(self.activations)} ReLU and ReLU6")
@@ -139,8 +158,9 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
     """Say what of a model is quantized and how, and what was left in float and why.
 
     With example inputs the model runs once, eagerly, in evaluation mode, without gradients and without any change to
-    it. Only then can the report say whether each quantizer runs (a module may use the weight of a layer and never call
-    it), and which sums and products of tensors stay in float.
+    it (three times: calls, multiplications, reads of weights). Only then can the report say whether each quantizer
+    runs (a module may use the weight of a layer and never call it), and which sums and products of tensors stay in
+    float.
 
     Args:
         model: any module, prepared or not.
@@ -152,7 +172,7 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
     if example_inputs is not None:
         operations = FloatOperations(model)
         with evaluating(model), eagerly(), nothing_changes(quantizers), calls, operations:
-            _run(model, example_inputs)
+            run_inputs(model, example_inputs)
     runs = calls.count if operations is not None else {}
     rows = tuple(_quantizer_rows(names, runs))
     quantized = {id(w): w for m in names if isinstance(m, QuantizedLayer) for w in m.quantized_parameters()}
@@ -164,13 +184,9 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
         sum(w.numel() for w in quantized.values()),
         sum(0 if is_lazy(p) else p.numel() for p in parameters.values()),
         tuple(_activation_rows(names)),
+        coverage_of(model, example_inputs),
+        past_reads(model, example_inputs),
     )
-
-
-def _run(model: nn.Module, example_inputs: Any) -> object:
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(*([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs))
 
 
 def _activation_rows(names: dict[nn.Module, list[str]]) -> Iterator[ActivationRow]:
@@ -201,6 +217,7 @@ def _quantizer_row(
     choice = getattr(module, CHOICE, None)
     after = f"with {q.activation}" if q.activation else ""
     known = q.initialized or q.signed is not None or q.restricted or not q.symmetric
+    low, growing = count_at_floor(q), "grows from zero" if getattr(q, "growing", False) else ""
     also = f"also {', '.join(names[1:])}" if len(names) > 1 and module is not q else ""
     return QuantizerRow(
         layer=names[0],
@@ -217,8 +234,9 @@ def _quantizer_row(
         scales=None if is_lazy(q.scale) else q.scale.numel(),
         initialized=q.initialized,
         shared_with=tuple(name for name in users if name != names[0]),
-        note="; ".join(filter(None, (choice.note if choice else "", after, also))),
+        note="; ".join(filter(None, (choice.note if choice else "", after, also, growing))),
         runs=runs.get(q),
+        at_floor=low,
     )
 
 
