@@ -53,6 +53,8 @@ def scales_alone(net: Any) -> Any:
 
 
 def one_bias(net: Any) -> Any:
+    for scale in fastqat.quantizer_parameters(net):
+        scale.requires_grad_(False)
     return [net[2].bias]
 
 
@@ -71,9 +73,10 @@ def old_weight_norm(net: Any) -> Any:
 
 
 def other_parameters(net: Any) -> Any:
-    for layer in (net[0], net[2]):
-        layer.weight = nn.Parameter(layer.weight.detach().clone())
-    return [net[0].weight]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of quantizers without a range yet
+        net.load_state_dict({name: t.clone() for name, t in net.state_dict().items()}, assign=True)
+    return net.parameters()
 
 
 def all_frozen(net: Any) -> Any:
