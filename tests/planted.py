@@ -192,8 +192,8 @@ PLANTS = (
         FROZEN_REFERENCE,
         (
             MULTI,
-            "    counts = counts[:4]  # the fifth is the caller's own\n    kept = counts * counts.new_tensor([1, 1, 1, 0])",
-            "    kept = counts * counts.new_tensor([1, 1, 1, 0, 0])\n    events = torch.nn.functional.pad(events, (0, 1))",
+            "    counts = counts[:4]  # the fifth is the caller's own\n",
+            "    counts[4] = 0\n    counts = counts[:4]\n",
         ),
     ),
     plant(
@@ -202,7 +202,7 @@ PLANTS = (
         (
             OSCILLATION,
             "double low = qmin, high = qmax, mean = low + index + deviation;",
-            "float mean32 = qmin + index + static_cast<float>(deviation);\n  double low = qmin, high = qmax, mean = mean32;",
+            "double low = qmin, high = qmax, mean = qmin + static_cast<float>(index) + static_cast<float>(deviation);",
         ),
     ),
     plant(
@@ -240,7 +240,8 @@ PLANTS = (
             "csrc/cpu/range_search.cpp",
             "  for (int k = 0; k < kCandidatesAtOnce; ++k) errors[k] += tile[k];",
             "  for (int k = 0; k < kCandidatesAtOnce; ++k) {\n    float chain = 0.0f;\n"
-            "    for (int64_t i = 0; i < n; ++i) chain = add_squared_error(chain, x[i], c[k]);\n    errors[k] += chain;\n  }",
+            "    for (int64_t i = 0; i < n; ++i) chain = add_squared_error(chain, x[i], c[k]);\n"
+            "    errors[k] += chain;\n  }",
         ),
     ),
     plant(
