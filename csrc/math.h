@@ -55,10 +55,16 @@ FASTQAT_INLINE bool is_fast_scale(float scale) { return scale >= kSmallestFastSc
 FASTQAT_INLINE Channel make_channel(float scale, float eps, bool has_zero_point, float zero_point, float offset,
                                     float qmin, float qmax) {
   Channel ch;
-  bool has_zero = !has_zero_point || zero_point == zero_point;
-  ch.scale = !has_zero ? __builtin_nanf("") : scale < eps ? eps : scale;
+  float zero = 0.0f;
+  ch.scale = scale < eps ? eps : scale;
+  if (has_zero_point) {  // choices in the place of these branches take six registers on a GPU
+    zero = clamp(round_even(zero_point), qmin, qmax);
+    if (zero != zero) {
+      ch.scale = zero;
+      zero = clamp(0.0f, qmin, qmax);
+    }
+  }
   ch.reciprocal = 1.0f / ch.scale;
-  float zero = has_zero_point ? clamp(has_zero ? round_even(zero_point) : 0.0f, qmin, qmax) : 0.0f;
   ch.low = qmin - zero;
   ch.high = qmax - zero;
   ch.shift = has_zero_point ? zero : offset;
@@ -194,7 +200,8 @@ FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& 
   float dx = inside ? (kFactor ? g * factor : g) : 0.0f;
   if (kFactor) slope = inside ? slope * extras.within : slope;
   if (kDamped) {
-    bool in_range = (t >= ch.scale * ch.low) & (t <= ch.scale * ch.high) & !held & (extras.dampening != 0.0f);
+    bool in_range = (t >= ch.scale * ch.low) & (t <= ch.scale * ch.high) & !held;
+    if (kPath == Path::divide) in_range = in_range & (extras.dampening != 0.0f);  // Inf is in range of Inf
     float pull = extras.dampening * __builtin_fmaf(-lev, ch.scale, t);
     dx = dx + (in_range ? pull : 0.0f);
   }

@@ -28,6 +28,9 @@ BORDERS, CPU_SEARCH = "csrc/cpu/borders.cpp", ("tests/test_range_search.py", "-k
 CPU_RANGES = ("tests/test_range_steps.py", "-k", "cpu and not settles")
 DOREFA, CPU_DOREFA, PAIR = "csrc/dorefa.h", "csrc/cpu/dorefa.cpp", "csrc/cpu/two_widths.cpp"
 DOREFA_ON_CPU = ("tests/test_two_widths.py", "-k", "cpu and not fake_quantize")
+FROZEN_REFERENCE = ("tests/test_frozen_codes.py", "-k", "reference")
+FROZEN_ON_CPU = ("tests/test_frozen_codes.py", "-k", "cpu")
+NAN_ON_CPU = ("tests/test_nan_grids.py", "-k", "cpu")
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,69 @@ PLANTS = (
     plant(
         "reference: freezes at the average of after the step",
         BY_ALGORITHM,
-        (MULTI, "mean = (word.index.float() + a * at.previous_decay).round()", "mean = current"),
+        (MULTI, "mean = frozen_index(word.index, a.double() * at.previous_decay, qrange)", "mean = index"),
+    ),
+    plant(
+        "reference: of two codes the one of even index",
+        FROZEN_REFERENCE,
+        (MULTI, "    return (mean.round() - low).to(torch.int32)", "    return (mean - low).round().to(torch.int32)"),
+    ),
+    plant(
+        "reference: a tracked step wipes the seal",
+        FROZEN_REFERENCE,
+        (
+            MULTI,
+            "    counts = counts[:4]  # the fifth is the caller's own\n",
+            "    counts[4] = 0\n    counts = counts[:4]\n",
+        ),
+    ),
+    plant(
+        "cpu: an average whose low bits are lost beside its code",
+        FROZEN_ON_CPU,
+        (
+            OSCILLATION,
+            "double low = qmin, high = qmax, mean = low + index + deviation;",
+            "double low = qmin, high = qmax, mean = qmin + static_cast<float>(index) + static_cast<float>(deviation);",
+        ),
+    ),
+    plant(
+        "cpu: the jump to the frozen code is no change",
+        FROZEN_ON_CPU,
+        (
+            OSCILLATION,
+            "float last = pending ? weight.average : static_cast<float>(weight.index);",
+            "float last = static_cast<float>(weight.index);",
+        ),
+    ),
+    plant(
+        "an older file is taken as it is",
+        ("tests/test_frozen_codes.py", "-k", "older"),
+        (
+            "fastqat/nn/tracking.py",
+            "index = torch.where(word.pending, average.to(torch.int32), word.index)",
+            "index = word.index",
+        ),
+    ),
+    plant(
+        "cpu: a NaN zero point switches clamping off",
+        NAN_ON_CPU,
+        (MATH, "    if (zero != zero) {\n", "    if (false) {\n"),
+    ),
+    plant(
+        "cpu: dampening of 0 adds 0 * Inf",
+        NAN_ON_CPU,
+        (MATH, "in_range = in_range & (extras.dampening != 0.0f);", "in_range = in_range & true;"),
+    ),
+    plant(
+        "cpu: a search that sums 1024 terms in a chain",
+        ("tests/test_accuracy.py", "-k", "cpu"),
+        (
+            "csrc/cpu/range_search.cpp",
+            "  for (int k = 0; k < kCandidatesAtOnce; ++k) errors[k] += tile[k];",
+            "  for (int k = 0; k < kCandidatesAtOnce; ++k) {\n    float chain = 0.0f;\n"
+            "    for (int64_t i = 0; i < n; ++i) chain = add_squared_error(chain, x[i], c[k]);\n"
+            "    errors[k] += chain;\n  }",
+        ),
     ),
     plant(
         "reference: a freeze acts in its own step",

@@ -216,7 +216,7 @@ def fake_quantize_backward(
         free = extras.held != extras.held
         inside, in_range = inside & free, in_range & free
         lev = tl.where(free, lev, extras.held)
-    valid = tl.where(x == x, g, 0.0)
+    valid = tl.where(r == r if FAST else x == x, g, 0.0)  # Inf / Inf is no number either, but counts
     passed = tl.where(inside, t, 0.0)
     unit = 1.0 if FAST else _gradient_unit(ch)
     dx = g
@@ -232,8 +232,9 @@ def fake_quantize_backward(
         slope = tl.where(inside, 0.0, slope)
     dx = tl.where(inside, dx, 0.0)
     if extras.dampening is not None:
-        distance = tl.where(r == r, tl.fma(-lev, ch.scale, t), float("nan"))  # Inf / Inf has no level
-        pull = tl.where(extras.dampening != 0.0, extras.dampening * distance, 0.0)
+        pull = extras.dampening * tl.fma(-lev, ch.scale, t)
+        if not FAST:  # Inf is in range of Inf, but has no level
+            pull = tl.where(extras.dampening != 0.0, tl.where(r == r, pull, float("nan")), 0.0)
         dx = tl.where(in_range, dx + pull, dx)
     return Gradient(dx, valid * slope, tl.where(inside, 0.0, valid))
 
