@@ -11,6 +11,7 @@ from fastqat.compression import SavedActivations, compress_saved_activations
 from fastqat.cost import Cost, cost
 from fastqat.hessian import ewgs_delta
 from fastqat.nn import (
+    Coverage,
     Dampening,
     FakeQuant,
     GradientFakeQuant,
@@ -40,6 +41,7 @@ __all__ = [
     "AdaQAT",
     "BitWidths",
     "Cost",
+    "Coverage",
     "Dampening",
     "FakeQuant",
     "GradientFakeQuant",

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from fastqat.nn.multiplications import count_multiplications
-from fastqat.nn.observe import run_batch
+from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.observe import eagerly, evaluating, nothing_changes, run_batch
+from fastqat.nn.products import Products, decomposed_attention
 from fastqat.nn.table import table
 from fastqat.nn.twins import is_twin, original_class, torch_layer, weight_names
 from fastqat.ops import checks
@@ -123,10 +124,17 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
     layers = [module for module in names if torch_layer(original_class(module)) and weight_names(module)]
     if not layers:
         checks.fail(ValueError, "model", "a module with Linear, Conv, Embedding or attention layers", "one without")
-    counts = count_multiplications(model, lambda: run_batch(model, example_inputs))
+    quantizers = [module for module in names if isinstance(module, FakeQuant)]
+    products = Products(model)
+    with evaluating(model), eagerly(), nothing_changes(quantizers), decomposed_attention(), products:
+        run_batch(model, example_inputs)
+    macs = dict.fromkeys(layers, 0)
+    for product, count in products.count.items():
+        if product.module in macs and (product.of_weight or not isinstance(product.module, nn.MultiheadAttention)):
+            macs[product.module] += count
     counted: set[int] = set()
-    rows = [_layer_cost(layer, names[layer], counts.by_module[layer], counted) for layer in layers]
-    rest = counts.total - sum(row.macs for row in rows)
+    rows = [_layer_cost(layer, names[layer], macs[layer], counted) for layer in layers]
+    rest = sum(products.count.values()) - sum(macs.values())
     if rest:
         rows.append(LayerCost("", rest, 0, FLOAT_BITS, FLOAT_BITS, 0))
     others = [p for p in model.parameters() if id(p) not in counted]

@@ -1,4 +1,4 @@
-"""How near to float64 what is computed in float32 comes: search errors, slopes of estimators, DoReFa; and when t is 0."""
+"""How near to float64 the float32 of the kernels comes: search errors, slopes, DoReFa; when the t of schedules is 0."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_slopes_without_numbers(backend: str) -> None:
 
 @on_all
 def test_gradients_of_dorefa_to_the_last_bit(backend: str) -> None:
-    """Those of all elements but the largest, through which the sum of all others passes, are those of the definition."""
+    """Those of the definition, but for the largest elements, through which the sum of all others passes."""
     for number in range(8):
         x = random(((33, 1000, 7, 401)[number % 4],), number) * (0.1, 1.0, 2.0, 10.0)[number // 2]
         g, factor = random(tuple(x.shape), number + 50), torch.tensor([0.37]) if number % 2 else torch.empty(0)

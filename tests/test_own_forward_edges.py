@@ -109,6 +109,14 @@ class TwoInputs(nn.Linear):
         return F.linear(x, self.weight, self.bias) * times * len(names)
 
 
+class MaskedTwoInputs(TwoInputs):
+    """Writes zeros into its weight."""
+
+    def forward(self, names: list[str], x: Tensor, *, times: float) -> Tensor:
+        self.weight.data[1] = 0.0
+        return super().forward(names, x, times=times)
+
+
 class Holder(nn.Module):
     """Knows them."""
 
@@ -222,6 +230,44 @@ def test_a_forward_that_prepare_cannot_run() -> None:
     del quantizer.forward
     fastqat.remove(net, keep="quantized")
     assert torch.equal(layer.weight, weight)
+
+
+def test_a_forward_that_prepare_cannot_run_and_that_changes_its_weight() -> None:
+    """Is not quantized together with others either."""
+    net = Holder(MaskedTwoInputs(4, 3))
+    fastqat.prepare(net, WEIGHTS)
+    x = torch.randn(2, 4)
+    net(x)
+    assert net.layer.weight_form == "changed"
+    twin = copy.deepcopy(net)
+    fastqat.quantize_weights_together(twin)
+    for m in (net, twin):
+        with torch.no_grad():
+            m.layer.weight += 0.2
+    assert torch.equal(net(x), twin(x)) and not net.layer.weight[1].any()
+
+
+class Sometimes(nn.Linear):
+    """May leave its weight alone."""
+
+    used = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.used else x
+
+
+def test_a_call_in_which_no_product_takes_the_weight() -> None:
+    """One warning, with the name of the layer."""
+    net = nn.Sequential(Sometimes(4, 4))
+    fastqat.prepare(net, WEIGHTS)
+    net(torch.randn(2, 4))
+    net[0].used = False
+    with pytest.warns(UserWarning, match="Sometimes: wanted a forward in which a product takes its weight"):
+        net(torch.randn(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(torch.randn(2, 4))
+    assert vars(fastqat.remove(net)[0]).keys() == vars(Sometimes(4, 4)).keys() | {"used"}
 
 
 def test_a_forward_that_differs_in_training() -> None:
@@ -351,3 +397,55 @@ def test_padding_before_the_input_is_quantized() -> None:
     fastqat.calibrate(net, [x])
     expected = F.conv2d(F.pad(net[0].activation_fake_quant(x), (0, 1, 1, 2)), net[0].weight)
     assert torch.equal(net(x), expected)
+
+
+class OfInput(nn.Linear):
+    """Transposes its input by an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight @ x.T).t()
+
+
+class Adapted(nn.Linear):
+    """Has a second weight of the same shape, and takes that one's attribute."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.a = nn.Parameter(torch.randn_like(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + x @ self.a.T
+
+
+class BothAttributes(nn.Linear):
+    """Takes the attributes of both."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.a = nn.Parameter(torch.randn_like(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + x @ self.a.T
+
+
+@pytest.mark.parametrize("cls", (OfInput, Adapted, BothAttributes))
+def test_compiled_with_attributes(cls: type[nn.Linear]) -> None:
+    """The eager values, where batch, inputs and outputs are equally many, or an error."""
+    torch.manual_seed(0)
+    net = nn.Sequential(cls(4, 4))
+    fastqat.prepare(net, WEIGHTS)
+    x, scale = torch.randn(4, 4), net[0].weight_fake_quant.scale.detach().view(-1, 1)
+    weight = scale * (net[0].weight.detach() / scale).round().clamp(-4, 3)
+    expected = F.linear(x, weight)
+    if cls is Adapted:
+        expected += net[0].bias
+    if cls is not OfInput:
+        expected = expected + F.linear(x, net[0].a)
+    torch.testing.assert_close(net(x), expected)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    if cls is BothAttributes:
+        with pytest.raises(Exception, match=r"wanted .t\(\) or .transpose\(\)"):
+            compiled(x)
+    else:
+        torch.testing.assert_close(compiled(x), expected)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib
+from functools import partial
 from typing import Any
 
 import pytest
 import third_party
 import torch
-from third_party import BLOCKS, CONFIG, Model, images, of_timm, of_transformers, words
+from third_party import BLOCKS, CONFIG, Model, efficientnet_lite, gpt2, images, of_timm, of_transformers, words
 from torch import nn
 
 import fastqat
@@ -18,12 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS: dict[str, Any] = {"vocab_size": 200, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 OPT = {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
-
-
-def gpt2() -> nn.Module:
-    """A small GPT-2, with Conv1D."""
-    package = importlib.import_module("transformers")
-    return package.GPT2LMHeadModel(package.GPT2Config(**TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=16))
 
 
 class Added(nn.Module):
@@ -53,7 +48,9 @@ def layers_of_timm() -> nn.Module:
 
 
 NETWORKS = (
-    Model("GPT2", "transformers", gpt2, words(200, 10)),
+    Model(
+        "GPT2", "transformers", partial(gpt2, **TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=16), words(200, 10)
+    ),
     of_transformers("FalconForCausalLM", words(200, 10), **TOKENS, **BLOCKS),
     of_transformers("OPTForCausalLM", words(200, 10), **TOKENS, **BLOCKS, **OPT),
     of_transformers("GemmaForCausalLM", words(200, 10), **TOKENS, **BLOCKS, num_key_value_heads=2, head_dim=8),
@@ -97,8 +94,8 @@ def test_conv1d_of_gpt2() -> None:
 
 def test_efficientnet_lite() -> None:
     """EfficientNet-Lite0 of efficientnet-lite-pytorch, whose convolutions pad by themselves."""
-    package = pytest.importorskip("efficientnet_lite_pytorch")
-    net = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    pytest.importorskip("efficientnet_lite_pytorch")
+    net: Any = efficientnet_lite().eval()
     fastqat.prepare(net, CONFIG, first_last_bits=8)
     x = torch.randn(1, 3, 64, 64)
     fastqat.calibrate(net, [x])

@@ -2,6 +2,7 @@
 
 from fastqat.nn.attention import MultiheadAttention
 from fastqat.nn.calibrate import calibrate
+from fastqat.nn.coverage import Coverage
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.gradient import GradientFakeQuant, GradientQSpec
 from fastqat.nn.layers import (
@@ -14,6 +15,7 @@ from fastqat.nn.layers import (
     Embedding,
     Linear,
 )
+from fastqat.nn.past import PastRead, past_reads
 from fastqat.nn.prepare import fake_quant_enabled, prepare, quantizer_parameters, remove
 from fastqat.nn.report import Report, report
 from fastqat.nn.scales import scales_at_floor
@@ -29,6 +31,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Coverage",
     "Dampening",
     "Embedding",
     "FakeQuant",
@@ -37,11 +40,13 @@ __all__ = [
     "Linear",
     "MultiheadAttention",
     "Oscillation",
+    "PastRead",
     "QConfig",
     "QSpec",
     "Report",
     "calibrate",
     "fake_quant_enabled",
+    "past_reads",
     "prepare",
     "quantize_weights_together",
     "quantizer_parameters",

@@ -10,11 +10,9 @@ follows the Parameter that it sees.
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastqat.nn.optimizer_steps import number_of_changes, running_steps
 from fastqat.nn.owner import Absence, Place, common_place, has_gradients, looks_of
 from fastqat.nn.unowned_scales import warn_of_unowned_scales
 
@@ -30,11 +29,10 @@ if TYPE_CHECKING:
 
 PATIENCE = 20  # forward passes, or steps of others, in which a clock may stand still before a warning
 ANCHOR = "fake_quant_clock"  # attribute of the model that was prepared
-_RESEARCH = 16  # steps of an optimizer that owned nothing of a model until it is looked at again
+_RECHECK = 16  # steps of an optimizer that owned nothing of a model until it is looked at again
 
 _models: weakref.WeakSet[ModelClock] = weakref.WeakSet()
 _weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> its clock
-_inner: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _hook: Any = None
 
 
@@ -217,23 +215,14 @@ class ModelClock(Clock):
         names = () if root is None else (name for name, module in root.named_modules() if module is quantizer)
         return next(iter(names), super().name_of(quantizer))
 
-    def count_foreign_step(self) -> None:
-        """Count the step of an optimizer that owns nothing here; warn where the model gets gradients all the same.
-
-        Compiled forward passes are not counted otherwise.
-        """
-        if not self.is_waiting:
-            return
-        self._foreign_steps += 1
-        root = self.root
-        if self._foreign_steps % PATIENCE or root is None or not has_gradients(root):
-            return
-        waiting = next((m for m in self.members if m.training and not m.by_hand and m.needs_time()), None)
-        if waiting is not None:
-            self._warn(waiting)
-
     def is_owned_by(self, optimizer: Optimizer) -> bool:
-        """True if the optimizer trains a parameter of the model as it is now."""
+        """True if the optimizer, which has made a step, trains a parameter of the model as it is now."""
+        is_owned = self._is_owned_by(optimizer)
+        if self.is_waiting and not is_owned:
+            self._count_foreign_step()
+        return is_owned
+
+    def _is_owned_by(self, optimizer: Optimizer) -> bool:
         root, known = self.root, self._known.get(optimizer)
         if root is None:
             return False
@@ -242,12 +231,22 @@ class ModelClock(Clock):
         if isinstance(known, Absence) and known.params == looks_of(optimizer):
             # A model that trains and that no other optimizer owns is looked through each time.
             unclaimed = self.ran and self.is_waiting and not any(isinstance(k, Place) for k in self._known.values())
-            if known.steps % _RESEARCH and not unclaimed:
+            if known.steps % _RECHECK and not unclaimed:
                 self._known[optimizer] = known._replace(steps=known.steps + 1)
                 return False
         place = common_place(root, optimizer)
         self._known[optimizer] = place or Absence(looks_of(optimizer), 1)
         return place is not None
+
+    def _count_foreign_step(self) -> None:
+        """Warn where the model gets gradients, and others step: a compiled forward pass is not counted otherwise."""
+        self._foreign_steps += 1
+        root = self.root
+        if self._foreign_steps % PATIENCE or root is None or not has_gradients(root):
+            return
+        waiting = next((m for m in self.members if m.training and not m.by_hand and m.needs_time()), None)
+        if waiting is not None:
+            self._warn(waiting)
 
 
 class Anchor:
@@ -273,60 +272,29 @@ class Anchor:
             member.join(self.clock)
 
 
-# torch wraps the step of every optimizer class in a function with this code, which runs the hooks.
-_STEP_CODE = Optimizer.profile_hook_step(lambda self: None).__code__
-
-
-def _calling(optimizer: Optimizer) -> Optimizer | None:
-    """The outermost optimizer whose step called that of this one, perhaps through others; None where none did.
-
-    It is read from the call stack, where a step that raised leaves nothing.
-    """
-    outer, depth = optimizer, 0
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _STEP_CODE:
-            outer, depth = frame.f_locals.get("self", outer), depth + 1
-        frame = frame.f_back
-    return None if outer is optimizer and depth <= 1 else outer
-
-
 @torch._disable_dynamo  # a compiled step runs it as it is
 def _after_step(optimizer: Optimizer, *_: object) -> None:
     """Move the clocks whose model this step has changed. Hook that runs after the step of any optimizer."""
-    caller = _calling(optimizer)
-    if caller is not None:
-        _inner.setdefault(caller, weakref.WeakSet()).add(optimizer)
-        return
-    optimizers = [optimizer, *_inner.pop(optimizer, ())]
+    # Of what also belongs to an optimizer that called this one, the step is not over.
+    others = {id(clock) for outer in running_steps(optimizer) for clock in _owned_by(outer)}
+    owned = [clock for clock in _owned_by(optimizer) if id(clock) not in others]
     task = torch._C._current_graph_task_id()
-    moved = [clock for clock in _owned_by(optimizers) if clock.begin_step(optimizer, task)]
+    moved = [clock for clock in owned if clock.begin_step(optimizer, task)]
     if moved and task != -1:  # other layers may yet be computed again, and must find the time of their forward
         engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-        engine.queue_callback(functools.partial(_move, moved, _changes(optimizer)))
+        engine.queue_callback(functools.partial(_move, moved, number_of_changes(optimizer)))
     else:
-        _move(moved, _changes(optimizer))
-    warn_of_unowned_scales((m for clock in moved for m in clock.members if not m.by_hand), optimizers)
+        _move(moved, number_of_changes(optimizer))
+    warn_of_unowned_scales((m for clock in moved for m in clock.members if not m.by_hand), optimizer)
 
 
-def _owned_by(optimizers: Sequence[Optimizer]) -> list[Clock]:
-    """The clocks that the steps of these move; the others take note."""
-    found: dict[int, Clock] = {}
-    for clock in list(_models):
-        if any([clock.is_owned_by(o) for o in optimizers]):
-            found[id(clock)] = clock
-        else:
-            clock.count_foreign_step()
+def _owned_by(optimizer: Optimizer) -> list[Clock]:
+    """The clocks that the steps of an optimizer move."""
+    found: dict[int, Clock] = {id(clock): clock for clock in list(_models) if clock.is_owned_by(optimizer)}
     if _weights:
-        weights = (p for o in optimizers for group in o.param_groups for p in group["params"])
+        weights = (p for group in optimizer.param_groups for p in group["params"])
         found.update({id(clock): clock for p in weights if (clock := _weights.get(p)) is not None})
     return list(found.values())
-
-
-def _changes(optimizer: Optimizer) -> Tensor | None:
-    """1, or 0 where a fused step has found infinite gradients of a ``GradScaler`` and left all as it was."""
-    found: Tensor | None = getattr(optimizer, "found_inf", None)
-    return None if found is None else (found == 0).to(torch.int64).view(())
 
 
 def _move(clocks: Iterable[Clock], steps: Tensor | None = None) -> None:

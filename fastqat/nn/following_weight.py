@@ -19,6 +19,11 @@ TRANSPOSED = "transposed"  # a matrix of them, with rows and columns changed
 COMPUTED = "computed"
 CHANGED = "changed"  # of a weight: its forward writes into it before a product takes it
 FORM = "weight_form"  # attribute of a twin with a forward of its own: what its products take
+SOURCES = "transposed_sources"  # another one: see FollowedWeight.sources
+WARNED = "warned_of_no_product"  # and another: it was said that a call had none
+
+# Whose attribute .T (or .mT, .H, .mH) a forward takes.
+MADE, INPUT, OTHER = "made", "input", "other"
 
 GROUPED = -1  # output channels as a transposed convolution has them: on dimension 1, within each group
 
@@ -50,7 +55,7 @@ _PRODUCTS: dict[str, tuple[Place, ...]] = {
 # Of the rows of an embedding's table; others cut a weight up in this way before they use it.
 _LOOKUPS = {"getitem": (Place(0, "input", 0),), "index_select": (Place(0, "input", 0),)}
 _OF_MATRICES = {"matmul", "rmatmul", "mm", "mv", "addmm"}  # products of two activations, too
-_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous"}
+_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone"}
 _RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "squeeze", "unsqueeze"}
 _TRANSPOSES = {"t", "transpose", "swapaxes", "swapdims", "permute", "adjoint"}
 _CHANGES = {"setitem", *(name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))}
@@ -66,12 +71,11 @@ def _names_of_functions() -> dict[object, str]:
                 function = getattr(holder, spelling, None)
                 if callable(function):
                     names[function] = name
-    # Of a matrix; of what has more dimensions they change others, and the shape says so.
-    names.update({getattr(Tensor, name).__get__: "transpose" for name in ("T", "mT", "H", "mH")})
     return names
 
 
-_NAMES = _names_of_functions()
+_ATTRIBUTES = {getattr(Tensor, name).__get__: "transpose" for name in ("T", "mT", "H", "mH")}
+_NAMES: dict[object, str] = {**_names_of_functions(), **_ATTRIBUTES}
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
@@ -107,19 +111,29 @@ class FollowedWeight(TorchFunctionMode):
         roots: the weight, or what it is computed of, each with one of AS_IS and COMPUTED.
         inputs: tensors that the forward was given.
         looked_up: True for a table, whose rows may be taken by an index.
+        sources: as an eager run of this forward found them; None where there was none.
 
     Attributes:
-        taken: how many products took the weight, or what was made of it.
+        taken: the form of the weight, or of what was made of it, that each product took.
+        sources: whose ``.T`` the forward takes: "made" of the weight, of an "input", or of an "other" tensor. The
+            tracer of torch.compile shows functions, and no attributes: what it is one of is known from here.
     """
 
-    def __init__(self, roots: list[tuple[Tensor, str]], inputs: list[Tensor], looked_up: bool = False) -> None:
+    def __init__(
+        self,
+        roots: list[tuple[Tensor, str]],
+        inputs: list[Tensor],
+        looked_up: bool = False,
+        sources: tuple[str, ...] | None = None,
+    ) -> None:
         super().__init__()
+        self.sources = sources
         self.products = {**_PRODUCTS, **_LOOKUPS} if looked_up else _PRODUCTS
         self.made, self.forms = [t for t, _ in roots], [form for _, form in roots]
         self.roots = len(roots)
         self.inputs = list(inputs)
-        self.elsewhere: list[Tensor] = []  # results of functions, where those of attributes must be told from them
-        self.taken = 0
+        self.elsewhere: list[Tensor] = []  # results of other functions, where attributes must be told from them
+        self.taken: list[str] = []
 
     def handed(self, tensor: Tensor, form: str, place: Place) -> Tensor:
         """What a product takes instead of a tensor that was made of the weight."""
@@ -127,6 +141,9 @@ class FollowedWeight(TorchFunctionMode):
 
     def met(self, function: Callable[..., Any]) -> None:
         """Called where a function that is no such product takes the weight, or what was made of it, with an input."""
+
+    def took_attribute(self, of: str) -> None:
+        """Called where a function is one of the attributes that ``sources`` are about."""
 
     def form_of(self, tensor: object) -> str | None:
         """What a tensor that was made of the weight alone is; None for others."""
@@ -151,7 +168,6 @@ class FollowedWeight(TorchFunctionMode):
             result = func(*args, **kwargs)
             self._note(func, name, args, kwargs, result)
             return result
-        self.taken += 1
         if place.position < len(args):
             args = (*args[: place.position], self._handed(args[place.position], place), *args[place.position + 1 :])
         else:
@@ -163,17 +179,17 @@ class FollowedWeight(TorchFunctionMode):
     def _handed(self, tensor: Tensor, place: Place) -> Tensor:
         form = self.form_of(tensor)
         assert form is not None
+        self.taken.append(form)
         return self.handed(tensor, form, place)
 
     def _place(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Place | None:
         """Where a product takes what was made of the weight; None where it takes none, or this is no product."""
+        if name in _OF_MATRICES and torch.compiler.is_compiling():
+            for x in tensors_in((*args, *kwargs.values())):
+                self._find_attribute(x)
         for place in self.products.get(name, ()):
             weight = args[place.position] if place.position < len(args) else kwargs.get(place.keyword)
-            if not isinstance(weight, Tensor):
-                continue
-            if torch.compiler.is_compiling():
-                self._find_attribute(weight)
-            if self.form_of(weight) is None:
+            if not isinstance(weight, Tensor) or self.form_of(weight) is None:
                 continue
             others = [x for x in tensors_in((*args, *kwargs.values())) if x is not weight]
             if name not in _OF_MATRICES:  # its input may come from nowhere: positions that the forward counts
@@ -183,20 +199,20 @@ class FollowedWeight(TorchFunctionMode):
         return None
 
     def _find_attribute(self, tensor: Tensor) -> None:
-        """Note what ``.T`` of the weight, or of what was made of it, is: a traced forward shows functions alone."""
-        known = (*self.made, *self.inputs, *self.elsewhere)
-        if tensor.dim() != 2 or any(x is tensor for x in known):
+        """Note what a matrix is that no function made, and that is no tensor of the layer: ``.T`` of something."""
+        if tensor.dim() != 2 or any(x is tensor for x in (*self.made, *self.inputs, *self.elsewhere)):
             return
-        kept = [(t, form) for t, form in zip(self.made, self.forms, strict=True) if t.dim() == 2]
-        kept = [(t, form) for t, form in kept if _are_reversed(t, tensor)]
-        computed = [each for each in kept if each[1] == COMPUTED]
-        kept = computed or kept
-        if len(kept) > 1:
+        if self.sources is not None and MADE not in self.sources:
+            self.inputs += [tensor] * (INPUT in self.sources and any(_are_reversed(x, tensor) for x in self.inputs))
+            return
+        found = [(t, form) for t, form in zip(self.made, self.forms, strict=True) if _are_reversed(t, tensor)]
+        computed = [each for each in found if each[1] == COMPUTED]
+        if len(computed or found) > 1 or (found and self.sources != (MADE,)):
             raise RuntimeError(
-                "torch.compile of a layer with a forward of its own: wanted .t() or .transpose() of what it makes of "
-                "its weight; got .T of one of several matrices of one shape"
+                "torch.compile of a layer with a forward of its own: wanted .t() or .transpose() of its tensors; got "
+                ".T of one of several"
             )
-        for _, form in kept:
+        for _, form in computed or found:
             self._mark(tensor, COMPUTED if form == COMPUTED else TRANSPOSED if form == AS_IS else AS_IS)
 
     def _note(
@@ -205,14 +221,17 @@ class FollowedWeight(TorchFunctionMode):
         """Note what a function made."""
         operands = tensors_in((*args, *kwargs.values()))
         forms = [self.form_of(x) for x in operands]
-        results = tensors_in([result])
-        if any(self._is_input(x) for x in operands):
+        results = operands[:1] if name == "setitem" else tensors_in([result])
+        is_input = any(self._is_input(x) for x in operands)
+        if func in _ATTRIBUTES:
+            self.took_attribute(INPUT if is_input else OTHER if forms[0] is None else MADE)
+        if is_input:
             self.inputs += [x for x in results if not self._is_input(x)]
             if results and any(form is not None for form in forms):
                 self.met(func)
         elif any(form is not None for form in forms):
             source, form = next((x, form) for x, form in zip(operands, forms, strict=True) if form is not None)
-            for made in operands[:1] if name == "setitem" else results:
+            for made in results:
                 self._mark(made, COMPUTED if name in _CHANGES else self._form_after(name, source, form, made))
         elif torch.compiler.is_compiling():
             self.elsewhere += results
@@ -239,5 +258,10 @@ class FollowedWeight(TorchFunctionMode):
         return COMPUTED
 
 
+def is_unchanged(weight: Tensor, before: Tensor) -> bool:
+    """True if a weight has the values that it had before, as far as it has values."""
+    return bool(((weight == before) | before.isnan()).all())
+
+
 def _are_reversed(a: Tensor, b: Tensor) -> bool:
-    return tuple(b.shape) == tuple(a.shape)[::-1] and b.stride() == a.stride()[::-1]
+    return a.dim() == 2 and tuple(b.shape) == tuple(a.shape)[::-1] and b.stride() == a.stride()[::-1]

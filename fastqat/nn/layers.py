@@ -96,7 +96,7 @@ class QuantizedLayer:
         self._follow_weights()  # load_state_dict(assign=True) makes other Parameters
 
     def _follow_weights(self) -> None:
-        """Advance the time of the quantizers with the optimizer of the Parameters that there are now."""
+        """Advance the time of the quantizers with the Parameters that there are now, where no model's clock does."""
         parameters: dict[str, nn.Parameter | None] = self._parameters  # type: ignore[attr-defined]
         weights = {name: weight for name in self.weight_names if (weight := parameters.get(name)) is not None}
         for name, quantizer in self.weight_quantizers().items():
@@ -173,7 +173,7 @@ class QuantizedLayer:
         return self.activation_fake_quant(x, **options)
 
     def _share_time(self, quantizer: FakeQuant | GradientFakeQuant) -> None:
-        """Let its time be that of the weight; a copy of the layer learns here of its own."""
+        """Let its time be that of the weight, where no model's clock says it: a copied layer learns here of its own."""
         weight = next((w for name in self.weight_names if (w := getattr(self, name)) is not None), None)
         if isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling():
             quantizer.follows(weight)

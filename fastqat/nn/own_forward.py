@@ -7,13 +7,25 @@ code runs as it is.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastqat.nn.attention import is_active
-from fastqat.nn.following_weight import AS_IS, COMPUTED, TRANSPOSED, FollowedWeight, Place, channels_first, tensors_in
+from fastqat.nn.following_weight import (
+    AS_IS,
+    CHANGED,
+    COMPUTED,
+    TRANSPOSED,
+    WARNED,
+    FollowedWeight,
+    Place,
+    channels_first,
+    is_unchanged,
+    tensors_in,
+)
 from fastqat.nn.layers import QuantizedLayer, _TransposedConvolution
 from fastqat.ops import checks
 
@@ -22,14 +34,12 @@ class _QuantizedProducts(FollowedWeight):
     """Quantizes the weight of a layer where its forward hands it to a product."""
 
     def __init__(self, layer: OwnForward, inputs: list[Tensor]) -> None:
-        super().__init__(layer.weight_roots(), inputs, layer.is_table)
+        super().__init__(layer.weight_roots(), inputs, layer.is_table, layer.transposed_sources)
         self.layer = layer
 
     def handed(self, tensor: Tensor, form: str, place: Place) -> Tensor:
         """The quantized weight, as the product takes it."""
         layer = self.layer
-        if layer.weight_form is None and not torch.compiler.is_compiling():  # the first one says what it is
-            layer.weight_form = COMPUTED if form == COMPUTED else AS_IS
         if form == COMPUTED:
             return layer.quantized_as_computed(tensor, place)
         device_type = tensor.device.type
@@ -54,6 +64,7 @@ class OwnForward(QuantizedLayer):
 
     is_table: ClassVar[bool] = False
     weight_form: str | None
+    transposed_sources: tuple[str, ...] | None  # see FollowedWeight
     weight: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,12 +76,26 @@ class OwnForward(QuantizedLayer):
         if self.weight_fake_quant is None:
             return self._with_quantized_output(super().forward(*args, **kwargs))  # type: ignore[misc]
         products = _QuantizedProducts(self, tensors_in((*args, *kwargs.values())))
+        is_first = self.weight_form is None and not torch.compiler.is_compiling()
+        before = self.weight.detach().clone() if is_first else None
         with products:
             y = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if not products.taken and torch.compiler.is_compiling():
-            wanted = "a forward whose products take its weight (is it an attribute, like .T, of what that computes?)"
-            checks.fail(RuntimeError, f"torch.compile of a {type(self).__name__}", wanted, "none that is seen")
+        if not products.taken:
+            self._say_that_nothing_was_quantized()
+        elif before is not None:
+            is_same = is_unchanged(self.weight.detach(), before)
+            self.weight_form = COMPUTED if COMPUTED in products.taken else AS_IS if is_same else CHANGED
         return self._with_quantized_output(y)
+
+    def _say_that_nothing_was_quantized(self) -> None:
+        """Raise in a compiled forward, which shows less of what it does; warn once in an eager one."""
+        name = getattr(self.weight_fake_quant, "layer_name", None) or "?"
+        what, wanted = f"layer {name!r}, {type(self).__name__}", "a forward in which a product takes its weight"
+        if torch.compiler.is_compiling():
+            checks.fail(RuntimeError, f"torch.compile of {what}", wanted, "none that is seen (.t() is, .T may not be)")
+        if not self.__dict__.get(WARNED):
+            self.__dict__[WARNED] = True
+            warnings.warn(f"{what}: wanted {wanted}; got a call without, in which it was not quantized", stacklevel=2)
 
     def _is_idle(self) -> bool:
         """True if no quantizer does anything, and none is listened to."""

@@ -54,27 +54,27 @@ def prepare(
     """Quantize weights and activations of the layers of a model, in place.
 
     Linear, Conv1d-3d, ConvTranspose1d-3d, Embedding (its table only) and MultiheadAttention (its projections) become
-    twins that keep their Parameter objects and state_dict keys; so do subclasses that compute as these do. Ranges of
-    the weights are set here (that of a weight of zeros grows with it); those of the activations by :func:`calibrate`,
-    or by the first batch. A weight that two layers share has one quantizer, and so has the
-    activation of a layer that is called several times. Everything else stays in float: :func:`report` says what, and
-    why. Preparing again with the same arguments changes nothing.
+    twins that keep their Parameter objects and state_dict keys; so do their subclasses, with what their own forwards
+    hand to a product, and Conv1D of transformers. Ranges of the weights are set here (that of a weight of zeros grows
+    with it); those of the activations by :func:`calibrate`, or by the first batch. A weight that two layers share
+    has one quantizer, and so has the activation of a layer that is called several times. Everything else stays in
+    float: :func:`report` says what, and why. Preparing again with the same arguments changes nothing.
 
     Args:
         model: any module.
         config: the quantizers of every layer.
-        first_last_bits: bit-width of the first and the last of these layers in order of registration, and of layers
-            that share their weights; None treats all alike.
+        first_last_bits: bit-width of the first and the last layer in order of registration, and of layers that share
+            their weights; one that stays in float passes them on to no other layer. None treats all alike.
         overrides: layer name or pattern (``fnmatch``) -> QConfig for the layers that it matches, options of QSpec that
             change both quantizers, or None, which leaves them in float. The last pattern that matches a layer decides.
         fuse_activations: a ReLU or ReLU6 module whose output goes into one quantized layer and nowhere else becomes an
             identity, and the quantizer of that layer's input computes it in the same pass: the same values and
             gradients, with one pass over memory less. Hooks added to the module later see what comes before it.
-        coverage: what to do where less than 95 % of the network is quantized, counted in multiplications (with
-            example_inputs) and in parameters (of matrices and larger tensors): "warn", "error", None for nothing, or
-            another share in (0, 1] below which to warn. What overrides left in float is not held against it.
-        example_inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments. With them
-            the model runs once, without a trace, to count multiplications.
+        coverage: "warn" warns where less than 95 % of the multiplications, or of the parameters of two dimensions or
+            more, are quantized; a number in (0, 1] is the least share instead; "error" raises; None is silent. Layers
+            that overrides leave in float are not held against it.
+        example_inputs: as of :func:`report`; the model runs once with them, and its multiplications are counted.
+            Without them the parameters alone are looked at.
 
     Returns:
         The model.
@@ -82,11 +82,11 @@ def prepare(
     Raises:
         TypeError, ValueError: the model has no such layer, is prepared otherwise already, or is data-parallel; a
             pattern matches no layer; an option is wrong, or does not fit a layer; two layers want different quantizers
-            for one weight; coverage="error" finds too little quantized. The message names it, and the model is as it
-            was.
+            for one weight; coverage="error", and less is quantized. The message names it, and the model is as it was.
 
     Warns:
-        UserWarning: too little is quantized; the message names the share, and the largest kinds left in float.
+        UserWarning: too little is quantized (the message names the share, and the largest kinds left in float), or the
+            first or the last layer, which first_last_bits are meant for, stays in float.
     """
     least_share(coverage)
     chosen = choose(model, config, first_last_bits, overrides)
@@ -94,6 +94,8 @@ def prepare(
     if any(is_twin(module) for module in model.modules()):
         _check_prepared_alike(chosen, names)
         _check_fused_alike(names, fuse_activations)
+        if coverage == "error":  # the warning was given
+            check_coverage(model, example_inputs, coverage)
         return model
     _check_not_parallel(names)
     configs = {layer: choice.config for layer, choice in chosen.items()}
@@ -120,8 +122,8 @@ def prepare(
                 _add(module, QConfig(None, None), {})  # its own forward would go past its projection
             guard_fused_kernels(module)
         fuse(found, names)
-        check_coverage(model, coverage, example_inputs)
-    except BaseException:  # a class that cannot be changed, an attribute in the way
+        check_coverage(model, example_inputs, coverage)
+    except BaseException:  # a class that cannot be changed, an attribute in the way, too little that is quantized
         remove(model)
         raise
     setattr(model, ANCHOR, Anchor(clock))

@@ -6,16 +6,17 @@ A weight may leave its quantizer behind only if every reader of it went through 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.following_weight import AS_IS
 from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.observe import evaluating
-from fastqat.nn.past_reads import HOLDS, SECOND_QUANTIZER, PastRead, QuantizedWeight, memory_of, past_reads
+from fastqat.nn.past import HOLDS, TWO, PastRead, memory_of, past_reads
 from fastqat.nn.selection import names_of_modules
 from fastqat.nn.twins import form_of_weight, original_class, quantized_view
 from fastqat.ops import checks
@@ -26,6 +27,19 @@ CURES = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm(layer)",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm(layer)",
 }
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight of a layer that has a quantizer."""
+
+    layer: Any
+    layer_name: str
+    name: str
+    quantizer: FakeQuant
+
+    @property
+    def tensor(self) -> Any:
+        return self.layer._parameters[self.name]
 
 
 def _value_of(w: QuantizedWeight) -> Tensor:
@@ -72,17 +86,17 @@ def write_quantized_weights(model: nn.Module, example_inputs: Any = None) -> Non
 
 def _refuse_reader(read: PastRead) -> None:
     reader = f"{read.kind} {read.module!r}" if read.module else read.kind
-    if read.reads == SECOND_QUANTIZER:
+    if read.operation == TWO:
         wanted = f"one quantizer for {read.parameter} (tie weights before prepare, or {HOW_ELSE})"
         checks.fail(ValueError, WHAT.rstrip(", "), wanted, f"a second one in {reader}")
-    if read.reads == HOLDS:
+    if read.operation == HOLDS:
         wanted = (
             f"a quantizer in each module that holds {read.parameter} (quantize it there too, give it a copy of the "
             f"weight, or {HOW_ELSE})"
         )
         checks.fail(ValueError, WHAT.rstrip(", "), wanted, f"{reader}, which reads it in float")
     wanted = f"weights that are read through their quantizers alone ({HOW_ELSE})"
-    got = f"{read.parameter}, which {reader} hands to {read.reads} as it is"
+    got = f"{read.parameter}, which {reader} hands to {read.operation} as it is"
     checks.fail(ValueError, WHAT.rstrip(", "), wanted, got)
 
 

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
-from fastqat.nn.coverage import Coverage, coverage_of
+from fastqat.nn.coverage import Coverage, reasons_in_float
+from fastqat.nn.coverage import coverage as coverage_of
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.fuse import NOTE, FusedActivation
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.observe import Calls, FloatOperations, eagerly, evaluating, nothing_changes, run_inputs
-from fastqat.nn.past_reads import PastRead, past_reads
+from fastqat.nn.past import PastRead, past_reads
 from fastqat.nn.scales import count_at_floor
-from fastqat.nn.selection import CHOICE, candidates, names_of_modules
+from fastqat.nn.selection import CHOICE, names_of_modules
 from fastqat.nn.table import collapsed, table
 from fastqat.nn.twins import original_class
 
@@ -98,8 +98,8 @@ class Report:
         operations: what runs in float between layers; None without example inputs.
         quantized_parameters, parameters: how many numbers have a quantizer, and how many there are.
         activations: what has become of each ReLU and ReLU6 where ``prepare`` was asked to fuse them.
-        coverage: the share of the network that is quantized.
-        past: what reads quantized weights past their quantizers; functions are found with example inputs only.
+        coverage: the share that is quantized, and the kinds that are not.
+        past: what reads a quantized weight past its quantizer. Without example inputs: what else holds it.
     """
 
     quantizers: tuple[QuantizerRow, ...]
@@ -108,8 +108,17 @@ class Report:
     quantized_parameters: int
     parameters: int
     activations: tuple[ActivationRow, ...] = ()
-    coverage: Coverage = Coverage(1.0, None, ())
+    coverage: Coverage = Coverage(0.0, None, ())
     past: tuple[PastRead, ...] = ()
+
+    @property
+    def widths(self) -> str:
+        """Bit-widths as in "W4A8", where all weights and all activations share one each; else nothing."""
+        weights = {row.bits for row in self.quantizers if row.tensor.endswith("weight")}
+        activations = {row.bits for row in self.quantizers if row.tensor in ("input", "output")}
+        if len(weights) > 1 or len(activations) > 1:
+            return ""
+        return "".join(f"{letter}{n}" for letter, bits in (("W", weights), ("A", activations)) for n in bits)
 
     @property
     def never_ran(self) -> tuple[QuantizerRow, ...]:
@@ -123,13 +132,9 @@ class Report:
     def __str__(self) -> str:
         layers = len({row.layer for row in self.quantizers})
         share = f"{self.quantized_parameters:,} of {self.parameters:,} parameters"
-        bits = f"{self.coverage.bits} of " if self.coverage.bits else ""
-        parts = [f"Quantized: {layers} layers, {len(self.quantizers)} quantizers, {share}: {bits}{self.coverage}"]
+        of = f"{self.widths} of {self.coverage}" if self.widths else str(self.coverage)
+        parts = [f"Quantized: {layers} layers, {len(self.quantizers)} quantizers, {share}; {of}"]
         parts.append(_quantizer_table(self.quantizers))
-        if self.past:
-            parts.append("READ PAST ITS QUANTIZER: these compute with the weight in float")
-            past = [(row.parameter, row.module or "(model)", row.kind, row.reads, row.calls) for row in self.past]
-            parts.append(table(("weight", "by", "kind", "reads", "calls"), collapsed(past)))
         if any(row.at_floor for row in self.quantizers):
             parts.append(f"SCALES AT THEIR FLOOR: {self._at_floor()}: what they quantize is 0 or next to it.")
         if self.activations:
@@ -151,16 +156,20 @@ class Report:
             parts.append(table(("in", "kind", "operation", "calls"), collapsed(rows)))
             lost = "".join(f"\n  {row.layer or '(model)'}: {row.tensor}" for row in self.never_ran)
             parts.append(f"NEVER RAN with these inputs:{lost}" if lost else "Every quantizer ran with these inputs.")
+        if self.past:
+            past = [(p.module, p.kind, p.parameter, p.operation, p.calls) for p in self.past]
+            found = table(("module", "kind", "parameter", "operation", "calls"), past)
+            parts.append(f"READ PAST ITS QUANTIZER, in float:\n{found}")
         return "\n\n".join(part for part in parts if part)
 
 
 def report(model: nn.Module, example_inputs: Any = None) -> Report:
     """Say what of a model is quantized and how, and what was left in float and why.
 
-    With example inputs the model runs once, eagerly, in evaluation mode, without gradients and without any change to
-    it (three times: calls, multiplications, reads of weights). Only then can the report say whether each quantizer
-    runs (a module may use the weight of a layer and never call it), and which sums and products of tensors stay in
-    float.
+    With example inputs the model runs three times, eagerly, in evaluation mode, without gradients and without any
+    change to it. Only then can the report say whether each quantizer runs (a module may use the weight of a layer and
+    never call it), which share of the multiplications is quantized, which sums and products of tensors stay in float,
+    and what reads a quantized weight past its quantizer.
 
     Args:
         model: any module, prepared or not.
@@ -241,22 +250,10 @@ def _quantizer_row(
 
 
 def _float_rows(model: nn.Module, names: dict[nn.Module, list[str]]) -> list[FloatRow]:
-    layers, refused = candidates(model)
-    able, rows = set(layers), []
-    for module, found in names.items():
-        own = [p for p in module.parameters(recurse=False)]
-        quantized = isinstance(module, QuantizedLayer) and any(True for _ in module.quantizers())
-        if not own or quantized or isinstance(module, (FakeQuant, ParametrizationList)):
-            continue
-        choice = getattr(module, CHOICE, None)
-        if module in refused:
-            reason = refused[module]
-        elif module not in able:
-            reason = "no quantized twin: " + ", ".join(name for name, _ in module.named_parameters(recurse=False))
-        else:
-            reason = choice.note if choice else "not prepared"
-        count = sum(0 if is_lazy(p) else p.numel() for p in own)
-        rows.append(FloatRow(found[0], original_class(module).__name__, count, reason))
+    rows = []
+    for module, reason in reasons_in_float(model).items():
+        count = sum(0 if is_lazy(p) else p.numel() for p in module.parameters(recurse=False))
+        rows.append(FloatRow(names[module][0], original_class(module).__name__, count, reason))
     return rows
 
 

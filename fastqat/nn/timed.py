@@ -69,6 +69,9 @@ class Timed(nn.Module):
         # A copy has a clock of its own: that of its model, or of the weight that it sees from its first forward on.
         return {**self.__dict__, "clock": Clock(), "tracked": False, "by_hand": False}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"clock": Clock(), "by_hand": False, **state})  # older pickles have neither
+
 
 def step(target: nn.Module) -> None:
     """Advance the time of a quantizer, or of every quantizer in a model, by one optimizer step.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastqat.nn import attention, layers
-from fastqat.nn.following_weight import AS_IS, COMPUTED, FORM
+from fastqat.nn.following_weight import AS_IS, COMPUTED, FORM, SOURCES, WARNED
 from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.own_forward import (
     OwnForward,
@@ -101,9 +101,8 @@ def form_of_weight(layer: nn.Module) -> str | None:
     """
     if isinstance(layer, OwnForward):
         return layer.weight_form
-    if is_twin(layer):  # its forward is the twin's
-        return AS_IS
-    own = torch_layer(type(layer)) is not nn.MultiheadAttention and has_own_forward(type(layer))
+    cls = original_class(layer)
+    own = torch_layer(cls) is not nn.MultiheadAttention and has_own_forward(cls)
     return _use(layer).form if own else AS_IS
 
 
@@ -173,10 +172,12 @@ def without_values(layer: nn.Module) -> str | None:
 
 def to_twin(layer: nn.Module) -> None:
     """Make a layer its twin, in place."""
-    twin, form = twin_type(layer), form_of_weight(layer)
+    twin = twin_type(layer)
+    if issubclass(twin, OwnForward) and not is_twin(layer):
+        use = _use(layer)
+        setattr(layer, FORM, use.form)
+        setattr(layer, SOURCES, use.sources)
     layer.__class__ = _twin_class(twin, type(layer))
-    if issubclass(twin, OwnForward):
-        setattr(layer, FORM, form)
 
 
 def guard_fused_kernels(module: nn.Module) -> None:
@@ -189,7 +190,8 @@ def guard_fused_kernels(module: nn.Module) -> None:
 def to_original(module: nn.Module) -> None:
     """Give a module the class back that it had before, in place."""
     module.__class__ = original_class(module)
-    module.__dict__.pop(FORM, None)
+    for name in (FORM, SOURCES, WARNED):
+        module.__dict__.pop(name, None)
 
 
 def changed_since(module: nn.Module) -> bool:

@@ -16,19 +16,19 @@ STEPS = 2  # of the weights, after which an optimizer of the scales has stepped 
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
-def warn_of_unowned_scales(quantizers: Iterable[Any], optimizers: Iterable[torch.optim.Optimizer]) -> None:
+def warn_of_unowned_scales(quantizers: Iterable[Any], optimizer: torch.optim.Optimizer) -> None:
     """Warn once of scales that are to be learned, have a gradient, and are in no optimizer that has stepped.
 
-    Called after each outermost step; what it finds is kept, so that a quantizer is looked at a few times only.
+    Called after each step of any optimizer; what it finds is kept, so that a quantizer is looked at a few times only.
 
     Args:
         quantizers: those whose time the step moves; others are passed over.
-        optimizers: that have stepped, the outermost one and those that it called.
+        optimizer: that has stepped.
 
     Warns:
         UserWarning: naming the first layer, how many there are, and the cure.
     """
-    _stepped.update(optimizers)
+    _stepped.add(optimizer)
     unowned = []
     for quantizer in quantizers:
         steps = getattr(quantizer, "steps_without_owner", None)

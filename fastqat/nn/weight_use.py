@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastqat.nn.fake_quant import FakeQuant
-from fastqat.nn.following_weight import AS_IS, CHANGED, COMPUTED, TRANSPOSED, FollowedWeight, Place, channels_first
+from fastqat.nn.following_weight import (
+    AS_IS,
+    CHANGED,
+    COMPUTED,
+    TRANSPOSED,
+    FollowedWeight,
+    Place,
+    channels_first,
+    is_unchanged,
+    tensors_in,
+)
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.ops import checks
 
@@ -31,11 +41,13 @@ class WeightUse:
     Attributes:
         form: "as it is", "computed" or "changed", see :class:`fastqat.nn.own_forward.OwnForward`; None: not known.
         channels: the dimension of the weight that counts the output channels of its product.
+        sources: see :class:`fastqat.nn.following_weight.FollowedWeight`.
         reason: why it cannot be quantized, or "".
     """
 
     form: str | None = None
     channels: int = 0
+    sources: tuple[str, ...] | None = None
     reason: str = ""
 
 
@@ -46,6 +58,7 @@ class _Recorded(FollowedWeight):
         super().__init__([(weight, AS_IS)], inputs, looked_up)
         self.uses: list[tuple[Tensor, str, Place]] = []
         self.others: list[str] = []
+        self.attributes: set[str] = set()
 
     def handed(self, tensor: Tensor, form: str, place: Place) -> Tensor:
         """The tensor, noted."""
@@ -55,6 +68,10 @@ class _Recorded(FollowedWeight):
     def met(self, function: Callable[..., Any]) -> None:
         """Note the function."""
         self.others.append(getattr(function, "__name__", str(function)).strip("_"))
+
+    def took_attribute(self, of: str) -> None:
+        """Note whose it is."""
+        self.attributes.add(of)
 
 
 _found: weakref.WeakKeyDictionary[nn.Module, tuple[type[nn.Module], WeightUse]] = weakref.WeakKeyDictionary()
@@ -77,6 +94,9 @@ def use_of_weight(layer: nn.Module, cls: type[nn.Module]) -> WeightUse:
     use = next((each for each in uses if each.reason), uses[0] if uses else WeightUse())
     if not use.reason:  # what one mode alone makes of the weight is what counts
         use = next((each for form in (COMPUTED, CHANGED) for each in uses if each.form == form), use)
+        if uses:
+            sources = {of for each in uses for of in each.sources or ()}
+            use = replace(use, sources=tuple(sorted(sources)))
     _found[layer] = (cls, use)
     return use
 
@@ -92,7 +112,7 @@ def _judged(layer: nn.Module, cls: type[nn.Module], training: bool) -> WeightUse
             continue
         weight, own = twin._parameters["weight"], layer._parameters["weight"]
         assert weight is not None and own is not None
-        return _use(recorded, cls, changed=not bool(((weight == own) | own.isnan()).all()))
+        return _use(recorded, cls, changed=not is_unchanged(weight, own))
     return None
 
 
@@ -111,10 +131,11 @@ def _use(recorded: _Recorded, cls: type[nn.Module], changed: bool) -> WeightUse:
     tensor, form, place = recorded.uses[0]
     if tensor.dtype not in checks.FLOAT_DTYPES:
         return WeightUse(reason=f"its forward hands its weight to a product as {tensor.dtype}")
+    sources = tuple(sorted(recorded.attributes))
     if form == COMPUTED:
-        return WeightUse(COMPUTED)
+        return WeightUse(COMPUTED, sources=sources)
     channels = 1 - place.channels if form == TRANSPOSED and place.channels >= 0 else place.channels
-    return WeightUse(CHANGED if changed else AS_IS, channels)
+    return WeightUse(CHANGED if changed else AS_IS, channels, sources)
 
 
 def computed_weight(layer: nn.Module, cls: type[nn.Module]) -> Tensor:
@@ -135,17 +156,19 @@ def computed_weight(layer: nn.Module, cls: type[nn.Module]) -> Tensor:
         except Exception as raised:
             error = raised
             continue
-        tensor, _, place = recorded.uses[0]
-        return channels_first(tensor, place.channels, getattr(layer, "groups", 1))
-    raise RuntimeError(f"{cls.__name__}: wanted a forward that runs on one small input; got {error!r}")
+        if recorded.uses:
+            tensor, _, place = recorded.uses[0]
+            return channels_first(tensor, place.channels, getattr(layer, "groups", 1))
+    got = "none" if error is None else repr(error)
+    raise RuntimeError(f"{cls.__name__}: wanted a product that takes its weight, with one small input; got {got}")
 
 
-def _run(layer: nn.Module, example: Tensor, training: bool) -> _Recorded:
+def _run(layer: nn.Module, example: Any, training: bool) -> _Recorded:
     """Run a copy of a layer, and record what it does with its weight."""
     weight = layer._parameters["weight"]
     assert weight is not None
     layer.train(training)
-    recorded = _Recorded(weight, [example], looked_up=isinstance(layer, nn.Embedding))
+    recorded = _Recorded(weight, tensors_in([example]), looked_up=isinstance(layer, nn.Embedding))
     devices = [weight.device] if weight.is_cuda else []
     with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
         warnings.simplefilter("ignore")
@@ -165,16 +188,20 @@ def _copied(layer: nn.Module, cls: type[nn.Module], memo: dict[int, Any]) -> nn.
     return copied
 
 
-def _examples(layer: nn.Module) -> Iterator[Tensor]:
-    """Small inputs, one of which a layer of its kind takes; batches of two, for a norm in it."""
+def _examples(layer: nn.Module) -> Iterator[Any]:
+    """Small inputs, one of which a layer of its kind takes; batches of two, for a norm in it.
+
+    Of embeddings some take the shape of their indices; of convolutions some take the channels last.
+    """
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]  # it has one
     if isinstance(layer, nn.Embedding):
         index = torch.zeros(2, 1, dtype=torch.int64, device=weight.device)
-        yield from (index, index[0])
+        yield from (index, index[0], index.shape)
     elif isinstance(layer, nn.modules.conv._ConvNd):
         reach = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         for factor in (1, 4):
             yield weight.new_ones([2, layer.in_channels, *(factor * r for r in reach)])
+        yield weight.new_ones([2, *reach, layer.in_channels])
     else:
         for length in weight.shape[::-1] if isinstance(layer, nn.Linear) else weight.shape:
             yield from (weight.new_ones(2, length), weight.new_ones(2, 1, length))
