@@ -55,8 +55,8 @@ def prepare(
 
     Linear, Conv1d-3d, ConvTranspose1d-3d, Embedding (its table only) and MultiheadAttention (its projections) become
     twins that keep their Parameter objects and state_dict keys; so do their subclasses, with what their own forwards
-    hand to a product, and Conv1D of transformers. Ranges of the weights are set here (that of a weight of zeros once it
-    has changed); those of the activations by :func:`calibrate`, or by the first batch. A weight that two layers share
+    hand to a product, and Conv1D of transformers. Ranges of the weights are set here (that of a weight of zeros grows
+    with it); those of the activations by :func:`calibrate`, or by the first batch. A weight that two layers share
     has one quantizer, and so has the activation of a layer that is called several times. Everything else stays in
     float: :func:`report` says what, and why. Preparing again with the same arguments changes nothing.
 
