@@ -104,14 +104,9 @@ class _Count:
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         self.reasons = reasons_in_float(model)
-        self.covered = {module for module in model.modules() if is_covered(module)}
+        self.covered = _covered_layers(model)
         self.own = {module: _own_parameters(module) for module in model.modules() if not isinstance(module, FakeQuant)}
-        self.weights = {
-            id(w)
-            for m in self.covered
-            if isinstance(m, QuantizedLayer)
-            for w in (m.quantized_parameters() or [getattr(m, name) for name in m.weight_names])
-        }
+        self.weights = {id(w) for m in self.covered for w in _weights_of(m)}
         self.products = {} if example_inputs is None else _products_of(model, example_inputs)
 
     def takes(self, product: Product) -> bool:
@@ -134,15 +129,16 @@ class _Count:
         return f"{_counted('parameter', list(own))} that it uses directly"
 
 
-def is_covered(module: nn.Module) -> bool:
-    """True if a layer's weight has a quantizer, or, where activations alone are to be quantized, its activation."""
-    if not isinstance(module, QuantizedLayer):
-        return False
-    choice = getattr(module, CHOICE, None)
-    if any(module.weight_quantizers()):
-        return True
-    alone = choice is not None and choice.config is not None and choice.config.weight is None
-    return alone and module.activation_fake_quant is not None
+def _covered_layers(model: nn.Module) -> set[nn.Module]:
+    """Layers whose weight has a quantizer; where no weight has one, those whose activation has."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    with_weight: set[Any] = {layer for layer in layers if layer.weight_quantizers()}
+    return with_weight or {layer for layer in layers if layer.activation_fake_quant is not None}  # type: ignore[misc]
+
+
+def _weights_of(layer: Any) -> list[nn.Parameter]:
+    """The weights of a layer that count as quantized."""
+    return layer.quantized_parameters() or [getattr(layer, name, None) for name in layer.weight_names]
 
 
 def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
@@ -196,12 +192,12 @@ def _left(count: _Count) -> tuple[LeftKind, ...]:
 
 
 def _products_of(model: nn.Module, example_inputs: Any) -> dict[Product, int]:
-    """Multiplications of one run; what a quantizer computes is not among them."""
+    """Multiplications of one run."""
     quantizers = [m for m in model.modules() if isinstance(m, (FakeQuant, GradientFakeQuant))]
     products = Products(model)
     with evaluating(model), eagerly(), nothing_changes(quantizers), decomposed_attention(), products:
         run_inputs(model, example_inputs)
-    return {p: n for p, n in products.count.items() if not isinstance(p.module, (FakeQuant, GradientFakeQuant))}
+    return dict(products.count)
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
