@@ -18,7 +18,7 @@ from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.observe import eagerly, evaluating, nothing_changes, run_inputs
 from fastqat.nn.products import Product, Products, decomposed_attention
 from fastqat.nn.selection import candidates
-from fastqat.nn.twins import original_class
+from fastqat.nn.twins import original_class, torch_layer
 from fastqat.ops import checks
 
 CHOICE = "fake_quant_choice"  # attribute of every layer that prepare decided on
@@ -116,17 +116,12 @@ class _Count:
 
     def reason(self, module: nn.Module, products: Iterable[Product] = ()) -> str:
         """Why a module, or these products of it, are in float."""
-        own = dict(module.named_parameters(recurse=False))
         if module in self.reasons and not self.reasons[module].startswith("no quantized twin"):
             return self.reasons[module]
-        if module not in self.reasons:
-            others = {re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for p in products for name in p.parameters}
-            if others:
-                return f"{_counted('parameter', sorted(others))} that it uses directly"
-            if any(p.of_weight for p in products):
-                return "products of tensors that no layer computes"
-            return ACTIVATIONS
-        return f"{_counted('parameter', list(own))} that it uses directly"
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        others = {re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for p in products for name in p.parameters}
+        names = own if module in self.reasons else sorted(others)
+        return f"parameter{'s' if len(names) > 1 else ''} {', '.join(names)} that it uses directly"
 
 
 def _covered_layers(model: nn.Module) -> set[nn.Module]:
@@ -179,12 +174,12 @@ def _left(count: _Count) -> tuple[LeftKind, ...]:
             seen.update(map(id, own))
         size = sum(p.numel() for p in own)
         # Those of two activations in a module that holds other weights too are a row of their own.
-        pairs = [p for p in products if not p.of_weight]
-        rest = [p for p in products if p.of_weight]
-        if pairs:
-            add(module, ACTIVATIONS, 0, pairs)
-        if rest or size:
-            add(module, count.reason(module, rest), size, rest)
+        layer = torch_layer(original_class(module)) is not None and not isinstance(module, nn.MultiheadAttention)
+        with_weight = [p for p in products if p.parameters or layer]
+        if len(with_weight) < len(products):
+            add(module, ACTIVATIONS, 0, [p for p in products if p not in with_weight])
+        if with_weight or size:
+            add(module, count.reason(module, with_weight), size, with_weight)
     macs = max(1, sum(count.products.values()))
     numbers = max(1, sum(p.numel() for p in {id(p): p for own in count.own.values() for p in own}.values()))
     rows = [LeftKind(kind, found[0], found[1], found[2], reason) for (kind, reason), found in sums.items()]
@@ -202,10 +197,6 @@ def _products_of(model: nn.Module, example_inputs: Any) -> dict[Product, int]:
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters(recurse=False) if not is_lazy(p)]
-
-
-def _counted(noun: str, names: list[str]) -> str:
-    return f"{noun}{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def least_share(option: object) -> float | None:
