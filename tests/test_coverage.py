@@ -139,6 +139,7 @@ def test_what_prepare_does_not_warn_of() -> None:
     """Norms and biases, layers that overrides leave in float, configurations of activations alone, None."""
     small = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 1))
     silently(small, CONFIG, example_inputs=torch.zeros(1, 3, 4, 4))
+    silently(nn.MultiheadAttention(8, 2, add_bias_kv=True), CONFIG)
     x = torch.zeros(3, 4)
     two = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     silently(two, CONFIG, overrides={"0": None}, example_inputs=x)

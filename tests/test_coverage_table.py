@@ -10,7 +10,7 @@ import third_party
 from third_party import Model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import coverage_table  # noqa: E402
+import coverage_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OF_TRANSFORMERS = {model.name: model for model in coverage_table.TRANSFORMERS}

@@ -103,6 +103,7 @@ class _Count:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
         self.reasons = reasons_in_float(model)
         self.covered = _covered_layers(model)
         self.own = {module: _own_parameters(module) for module in model.modules() if not isinstance(module, FakeQuant)}
@@ -118,9 +119,11 @@ class _Count:
         """Why a module, or these products of it, are in float."""
         if module in self.reasons and not self.reasons[module].startswith("no quantized twin"):
             return self.reasons[module]
-        own = [name for name, _ in module.named_parameters(recurse=False)]
-        others = {re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for p in products for name in p.parameters}
-        names = own if module in self.reasons else sorted(others)
+        prefix = f"{self.names[module]}." if self.names[module] else ""
+        taken = dict.fromkeys(name.removeprefix(prefix) for p in products for name in p.parameters)
+        own = (name for name, _ in module.named_parameters(recurse=False))
+        names = [re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in taken or own]
+        names = list(dict.fromkeys(names))
         return f"parameter{'s' if len(names) > 1 else ''} {', '.join(names)} that it uses directly"
 
 
@@ -228,6 +231,10 @@ def check_coverage(model: nn.Module, example_inputs: Any, option: str | float | 
     count = _Count(model, example_inputs)
     excused = {m for m in count.own if hasattr(m, CHOICE) and m not in count.covered}
     weights = {id(p): p for m in count.own if m not in excused for p in count.own[m] if p.dim() > 1}
+    for layer in count.covered:  # what else it has are biases, of any shape
+        for p in count.own[layer]:
+            if id(p) not in count.weights:
+                weights.pop(id(p), None)
     held = sum(p.numel() for p in weights.values())
     macs = {p: n for p, n in count.products.items() if p.module not in excused}
     shares = {

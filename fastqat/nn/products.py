@@ -19,6 +19,7 @@ from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.observe import RunningModules
 
 _BATCHED = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+_WITH_A_SUM = (torch.ops.aten.addmm, torch.ops.aten.baddbmm)  # whose first tensor is added
 _GROUPED = {getattr(torch.ops.aten, name, None) for name in ("_grouped_mm",)} - {None}  # newer than torch 2.10
 
 
@@ -72,13 +73,14 @@ class Products:
         """Count an operation that gave y, if it multiplies."""
         if not self.modules.stack or isinstance(self.modules.stack[-1], (FakeQuant, GradientFakeQuant)):
             return
-        factors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        names = tuple(dict.fromkeys(name for x in factors for name in self.names.get(_storage(x), ())))
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         macs = self._macs(func, y, args, kwargs)
+        packet = getattr(func, "overloadpacket", None)
+        factors = tensors if not macs else tensors[1:3] if packet in _WITH_A_SUM else tensors[:2]
+        names = tuple(dict.fromkeys(name for x in factors for name in self.names.get(_storage(x), ())))
         if macs:
-            batched = getattr(func, "overloadpacket", None) in _BATCHED
             # A weight that a batch shares stands still where the batch moves on.
-            of_weight = bool(names) or not batched or any(x.dim() == 3 and x.stride(0) == 0 for x in factors)
+            of_weight = bool(names) or packet not in _BATCHED or any(x.dim() == 3 and x.stride(0) == 0 for x in factors)
             self.count[Product(self.modules.stack[-1], names, of_weight)] += macs
         elif isinstance(y, Tensor) and factors and all(_storage(x) in self.names for x in factors):
             if _storage(y) not in self.names:  # a copy in another order, a standardized weight
