@@ -43,10 +43,10 @@ def of_transformers(name: str, inputs: Callable[[], dict[str, Any]], **options: 
     family, _, task = name.partition("For")
 
     def build() -> nn.Module:
-        package = importlib.import_module("transformers")
-        return getattr(package, name)(getattr(package, f"{family}Config")(**options))
+        cls = getattr(importlib.import_module("transformers"), name)
+        return cls(cls.config_class(**options))
 
-    return Model(f"{family} ({task})", "transformers", build, inputs)
+    return Model(f"{family} ({task})" if task else name, "transformers", build, inputs)
 
 
 def of_torchvision(name: str, size: int, overrides: dict[str, Any] | None = None, **options: Any) -> Model:

@@ -18,7 +18,7 @@ from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.observe import eagerly, evaluating, nothing_changes, run_inputs
 from fastqat.nn.products import Product, Products, decomposed_attention
 from fastqat.nn.selection import CHOICE, candidates
-from fastqat.nn.twins import original_class
+from fastqat.nn.twins import original_class, torch_layer
 from fastqat.ops import checks
 
 LEAST = 0.95  # share below which prepare warns
@@ -102,15 +102,11 @@ class _Count:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
         self.reasons = reasons_in_float(model)
-        self.covered = {module for module in model.modules() if is_covered(module)}
+        self.covered = _covered_layers(model)
         self.own = {module: _own_parameters(module) for module in model.modules() if not isinstance(module, FakeQuant)}
-        self.weights = {
-            id(w)
-            for m in self.covered
-            if isinstance(m, QuantizedLayer)
-            for w in (m.quantized_parameters() or [getattr(m, name) for name in m.weight_names])
-        }
+        self.weights = {id(w) for m in self.covered for w in _weights_of(m)}
         self.products = {} if example_inputs is None else _products_of(model, example_inputs)
 
     def takes(self, product: Product) -> bool:
@@ -120,28 +116,26 @@ class _Count:
 
     def reason(self, module: nn.Module, products: Iterable[Product] = ()) -> str:
         """Why a module, or these products of it, are in float."""
-        own = dict(module.named_parameters(recurse=False))
         if module in self.reasons and not self.reasons[module].startswith("no quantized twin"):
             return self.reasons[module]
-        if module not in self.reasons:
-            others = {re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for p in products for name in p.parameters}
-            if others:
-                return f"{_counted('parameter', sorted(others))} that it uses directly"
-            if any(p.of_weight for p in products):
-                return "products of tensors that no layer computes"
-            return ACTIVATIONS
-        return f"{_counted('parameter', list(own))} that it uses directly"
+        prefix = f"{self.names[module]}." if self.names[module] else ""
+        taken = dict.fromkeys(name.removeprefix(prefix) for p in products for name in p.parameters)
+        own = (name for name, _ in module.named_parameters(recurse=False))
+        names = [re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in taken or own]
+        names = list(dict.fromkeys(names))
+        return f"parameter{'s' if len(names) > 1 else ''} {', '.join(names)} that it uses directly"
 
 
-def is_covered(module: nn.Module) -> bool:
-    """True if a layer's weight has a quantizer, or, where activations alone are to be quantized, its activation."""
-    if not isinstance(module, QuantizedLayer):
-        return False
-    choice = getattr(module, CHOICE, None)
-    if any(module.weight_quantizers()):
-        return True
-    alone = choice is not None and choice.config is not None and choice.config.weight is None
-    return alone and module.activation_fake_quant is not None
+def _covered_layers(model: nn.Module) -> set[nn.Module]:
+    """Layers whose weight has a quantizer; where no weight has one, those whose activation has."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    with_weight: set[Any] = {layer for layer in layers if layer.weight_quantizers()}
+    return with_weight or {layer for layer in layers if layer.activation_fake_quant is not None}  # type: ignore[misc]
+
+
+def _weights_of(layer: Any) -> list[nn.Parameter]:
+    """The weights of a layer that count as quantized."""
+    return layer.quantized_parameters() or [getattr(layer, name, None) for name in layer.weight_names]
 
 
 def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
@@ -182,12 +176,12 @@ def _left(count: _Count) -> tuple[LeftKind, ...]:
             seen.update(map(id, own))
         size = sum(p.numel() for p in own)
         # Those of two activations in a module that holds other weights too are a row of their own.
-        pairs = [p for p in products if not p.of_weight]
-        rest = [p for p in products if p.of_weight]
-        if pairs:
-            add(module, ACTIVATIONS, 0, pairs)
-        if rest or size:
-            add(module, count.reason(module, rest), size, rest)
+        layer = torch_layer(original_class(module)) is not None and not isinstance(module, nn.MultiheadAttention)
+        with_weight = [p for p in products if p.parameters or layer]
+        if len(with_weight) < len(products):
+            add(module, ACTIVATIONS, 0, [p for p in products if p not in with_weight])
+        if with_weight or size:
+            add(module, count.reason(module, with_weight), size, with_weight)
     macs = max(1, sum(count.products.values()))
     numbers = max(1, sum(p.numel() for p in {id(p): p for own in count.own.values() for p in own}.values()))
     rows = [LeftKind(kind, found[0], found[1], found[2], reason) for (kind, reason), found in sums.items()]
@@ -195,20 +189,16 @@ def _left(count: _Count) -> tuple[LeftKind, ...]:
 
 
 def _products_of(model: nn.Module, example_inputs: Any) -> dict[Product, int]:
-    """Multiplications of one run; what a quantizer computes is not among them."""
+    """Multiplications of one run."""
     quantizers = [m for m in model.modules() if isinstance(m, (FakeQuant, GradientFakeQuant))]
     products = Products(model)
     with evaluating(model), eagerly(), nothing_changes(quantizers), decomposed_attention(), products:
         run_inputs(model, example_inputs)
-    return {p: n for p, n in products.count.items() if not isinstance(p.module, (FakeQuant, GradientFakeQuant))}
+    return dict(products.count)
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters(recurse=False) if not is_lazy(p)]
-
-
-def _counted(noun: str, names: list[str]) -> str:
-    return f"{noun}{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def least_share(option: object) -> float | None:
@@ -240,6 +230,10 @@ def check_coverage(model: nn.Module, example_inputs: Any, option: str | float | 
     count = _Count(model, example_inputs)
     excused = {m for m in count.own if hasattr(m, CHOICE) and m not in count.covered}
     weights = {id(p): p for m in count.own if m not in excused for p in count.own[m] if p.dim() > 1}
+    for layer in count.covered:  # what else it has are biases, of any shape
+        for p in count.own[layer]:
+            if id(p) not in count.weights:
+                weights.pop(id(p), None)
     held = sum(p.numel() for p in weights.values())
     macs = {p: n for p, n in count.products.items() if p.module not in excused}
     shares = {

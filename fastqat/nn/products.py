@@ -14,16 +14,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.observe import RunningModules
 
 _BATCHED = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+_WITH_A_SUM = (torch.ops.aten.addmm, torch.ops.aten.baddbmm)  # whose first tensor is added
 _GROUPED = {getattr(torch.ops.aten, name, None) for name in ("_grouped_mm",)} - {None}  # newer than torch 2.10
 
 
 class Product(NamedTuple):
-    """A kind of product: the innermost module that ran, and the Parameters that were factors (name in the model).
+    """A kind of product.
 
-    ``of_weight`` is False for a product of two activations, as far as its shape tells.
+    Attributes:
+        module: the innermost that ran.
+        parameters: names in the model of the Parameters that were factors, or of which alone a factor was computed.
+        of_weight: False for a product of two activations, as far as its shape tells.
     """
 
     module: nn.Module
@@ -32,7 +38,7 @@ class Product(NamedTuple):
 
 
 class Products:
-    """Counts multiplications of matrix products and convolutions while its ``with`` block runs.
+    """Counts multiplications of matrix products and convolutions while its ``with`` block runs; not of quantizers.
 
     Args:
         model: whose modules the products are booked under.
@@ -45,10 +51,11 @@ class Products:
         self.count: Counter[Product] = Counter()
         self.modules = RunningModules(model)
         # By storage: a transposed or sliced Parameter is another tensor on the same one.
-        self.names: dict[int, list[str]] = {}
+        self.names: dict[int, tuple[str, ...]] = {}
         for name, parameter in model.named_parameters():
             if not nn.parameter.is_lazy(parameter):
-                self.names.setdefault(_storage(parameter), []).append(name)
+                self.names.setdefault(_storage(parameter), (name,))
+        self.made: list[Tensor] = []  # of Parameters alone; kept, as another tensor could get the place of one
 
     def __enter__(self) -> Products:
         self.modules.__enter__()
@@ -64,14 +71,21 @@ class Products:
 
     def add(self, func: Any, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count an operation that gave y, if it multiplies."""
+        if not self.modules.stack or isinstance(self.modules.stack[-1], (FakeQuant, GradientFakeQuant)):
+            return
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         macs = self._macs(func, y, args, kwargs)
-        if macs and self.modules.stack:
-            factors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            names = dict.fromkeys(name for x in factors for name in self.names.get(_storage(x), [])[:1])
-            batched = getattr(func, "overloadpacket", None) in _BATCHED
+        packet = getattr(func, "overloadpacket", None)
+        factors = tensors if not macs else tensors[1:3] if packet in _WITH_A_SUM else tensors[:2]
+        names = tuple(dict.fromkeys(name for x in factors for name in self.names.get(_storage(x), ())))
+        if macs:
             # A weight that a batch shares stands still where the batch moves on.
-            of_weight = bool(names) or not batched or any(x.dim() == 3 and x.stride(0) == 0 for x in factors)
-            self.count[Product(self.modules.stack[-1], tuple(names), of_weight)] += macs
+            of_weight = bool(names) or packet not in _BATCHED or any(x.dim() == 3 and x.stride(0) == 0 for x in factors)
+            self.count[Product(self.modules.stack[-1], names, of_weight)] += macs
+        elif isinstance(y, Tensor) and factors and all(_storage(x) in self.names for x in factors):
+            if _storage(y) not in self.names:  # a copy in another order, a standardized weight
+                self.names[_storage(y)] = names
+                self.made.append(y)
 
     def _macs(self, func: Any, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         packet = getattr(func, "overloadpacket", None)
