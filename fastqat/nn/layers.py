@@ -62,8 +62,14 @@ class QuantizedLayer:
         super().__setstate__(state)  # type: ignore[misc]  # of the layer
         self._follow_weights()  # here: a forward that is compiled cannot
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)  # type: ignore[misc]
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        came = {name: prefix + name in state_dict for name in self.weight_names}
+        for name, quantizer in self.weight_quantizers().items():
+            quantizer.expect_range(came.get(name, False))
+        for other in (self.activation_fake_quant, self.gradient_fake_quant):
+            if other is not None:
+                other.expect_range(any(came.values()))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[misc]
         self._follow_weights()  # load_state_dict(assign=True) makes other Parameters
 
     def _follow_weights(self) -> None:

@@ -99,19 +99,20 @@ class SizedQuantizer(RangedQuantizer):
     def restore_codes(self) -> None:
         """Take the bit-width and the sign from the loaded qrange; ValueError where it is of another kind of grid."""
         qmin, qmax = self.qrange.tolist()
-        if self._sign_from_data:
-            self.signed = qmin < 0
-        before = self._bits
-        self._bits = (qmax - qmin + 1).bit_length() - (not self.restricted)
-        if self._bits != before:
+        before = self._bits, self.signed
+        bits = (qmax - qmin + 1).bit_length() - (not self.restricted)
+        signed = qmin < 0 if self._sign_from_data else self.signed
+        self._bits, self.signed = bits, signed
+        fits = 1 <= bits <= 8 and self.codes == (qmin, qmax)
+        if not fits or bits < self.fewest_bits:
+            self._bits, self.signed = before
+            at_least = f"at least {self.fewest_bits} bits"
+            wanted = at_least if fits else f"codes of signed={signed}, restricted={self.restricted}"
+            checks.fail(ValueError, "qrange", wanted, f"{qmin} to {qmax}")
+        if bits != before[0]:
             self._make_tracker()
         if self.tracker is not None:
             self.tracker.lowest = qmin
-        if self.codes != (qmin, qmax):
-            wanted = f"codes of signed={self.signed}, restricted={self.restricted}"
-            checks.fail(ValueError, "qrange", wanted, f"{qmin} to {qmax}")
-        if self._bits < self.fewest_bits:
-            checks.fail(ValueError, "qrange", f"at least {self.fewest_bits} bits", f"{qmin} to {qmax}")
 
     def _load_from_state_dict(
         self,
@@ -122,8 +123,9 @@ class SizedQuantizer(RangedQuantizer):
         missing: list[str],
         *others: Any,
     ) -> None:
+        left_out = self.is_left_out(state_dict, prefix, strict)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
-        if self.tracker is None or any(key.startswith(prefix + "tracker.") for key in state_dict):
+        if left_out or self.tracker is None or any(key.startswith(prefix + "tracker.") for key in state_dict):
             return
         if prefix + "eps" in state_dict and prefix + "scale" not in state_dict:  # it is kept under another name
             missing += [f"{prefix}tracker.{name}" for name in multi_tensor.STATE]

@@ -165,7 +165,7 @@ class Training:
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Leave the gradient of a batch in the parameters; return the sum of the losses, []."""
         count, world_size, pieces = self._count(), self.processes.world_size, self._pieces()
-        total = torch.zeros((), device=self.run.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.run.device)
         for index, (x, y) in enumerate(zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)):
             waits = world_size > 1 and index < pieces - 1  # gradients are averaged once, with the last piece
             context = self.network.no_sync() if waits else contextlib.nullcontext()  # type: ignore[operator]
