@@ -30,7 +30,7 @@ def refuse_copy(quantizer: RangedQuantizer, name: str, wanted: str, got: str) ->
     checks.fail(ValueError, layer, f"{wanted}, as the quantizer left them", f"{got}. Of a copy, {_CURE}")
 
 
-def versions(quantizer: FakeQuant) -> tuple[int, ...]:
+def versions(quantizer: RangedQuantizer) -> tuple[int, ...]:
     """How often the integers of a quantizer were written."""
     own = version_of(quantizer._buffers["qrange"])  # type: ignore[arg-type]  # it has one
     tracker = quantizer._modules.get("tracker")

@@ -115,10 +115,6 @@ class FakeQuant(SizedQuantizer):
             check_copy(self)
         return self
 
-    def note_checked(self, versions: tuple[int, ...] | None) -> None:
-        """Remember that the integers are right as they are now; past nn.Module, whose way to set attributes is long."""
-        self.__dict__["_checked"] = versions
-
     def is_idle(self) -> bool:
         """True if a forward would pass its tensor through and look at nothing."""
         return not (self.fake_quant_enabled or self._calibrating or self.is_following or self.activation)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastqat import multi_tensor, ranges
+from fastqat.nn.copied import versions
 from fastqat.nn.ranged import RangedQuantizer
 from fastqat.nn.tracking import Oscillation, Tracker
 from fastqat.ops import checks
@@ -32,6 +33,7 @@ class SizedQuantizer(RangedQuantizer):
 
     oscillation: Oscillation | None
     tracker: Tracker | None
+    fake_quant_enabled: bool
 
     @property
     def bits(self) -> int:
@@ -85,6 +87,17 @@ class SizedQuantizer(RangedQuantizer):
         self._write_codes()
         if changed:
             self._make_tracker()
+
+    def follow(self, other: SizedQuantizer) -> None:
+        """Be of the bit-width, sign and state of another quantizer with the same options; tensors are not copied."""
+        if self._bits != other._bits:
+            self._set_bits(other._bits)
+        if other.tracker is None:
+            self.tracker = None
+        elif self.tracker is not None:
+            self.tracker.lowest = other.tracker.lowest
+        self.signed, self.eps, self.initialized = other.signed, other.eps, other.initialized
+        self.fake_quant_enabled = other.fake_quant_enabled
 
     def _make_tracker(self) -> None:
         """A tracker without a past, or none, as options and bits say."""
@@ -174,3 +187,4 @@ class SizedQuantizer(RangedQuantizer):
         for name, values in grid._asdict().items():
             if values is not None:
                 getattr(self, name).copy_(values)
+        self.note_checked(versions(self))  # other codes than the bit-width says are meant

@@ -71,6 +71,10 @@ class QuantizerState(Timed):
         scale: Any = self._scale_of_state()
         self._placeholder = None if scale is None else (id(scale), version_of(scale))
 
+    def note_checked(self, versions: tuple[int, ...] | None) -> None:
+        """Remember that the integers are right as they are now; past nn.Module, whose way to set attributes is long."""
+        self.__dict__["_checked"] = versions
+
     def was_written(self) -> bool:
         """True if something else has written into the scale since the quantizer left it without a range."""
         scale = self._scale_of_state()

@@ -158,8 +158,11 @@ class Training:
             raise FloatingPointError(self._explain(step + 1, "loss" if not loss.isfinite() else "gradient", images))
         self.before_update(loss, images, labels)
         self.updates.step(step)
-        if self.state.average:
-            self.state.average.update(self.run.model, step)
+        average = self.state.average
+        if average:
+            if average.updates != step:  # it comes from a checkpoint, which has the step in its position
+                average.updates = step
+            average.update_parameters(self.run.model)
         return asked, due
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
