@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from fastqat.nn.ranged import RangedQuantizer
 
 SEAL = 2**62 + 1  # the last of five counts: no average of it is itself
-_CURE = "make the copy once its range is known (fastqat.calibrate), and average with fastqat.AveragedModel"
+_CURE = "make it once ranges are known (fastqat.calibrate), and copy integers; fastqat.AveragedModel does right"
 
 
 def refuse_copy(quantizer: RangedQuantizer, name: str, wanted: str, got: str) -> NoReturn:
     """Refuse a tensor that was written from outside, with the cure."""
     layer = f"quantizer of layer {quantizer.layer_name or '?'!r}: {name}"
-    checks.fail(ValueError, layer, f"{wanted}, as the quantizer left them", f"{got}. Of a copy, {_CURE}")
+    checks.fail(ValueError, layer, f"{wanted}", f"{got}. If this is an average of models, {_CURE}")
 
 
 def versions(quantizer: RangedQuantizer) -> tuple[int, ...]:

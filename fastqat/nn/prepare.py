@@ -163,6 +163,7 @@ def _quantizers_of(
         for weight in weights.values():
             if config.weight is not None and weight not in made:
                 made[weight] = _of_weight(layer, weight, config.weight)
+                made[weight].layer_name = name
         activation = None if config.activation is None else _build(config.activation, first.device)
         gradient = None if config.gradient is None else GradientFakeQuant(config.gradient, name, first.device)
     except (TypeError, ValueError) as error:

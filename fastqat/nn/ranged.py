@@ -284,10 +284,11 @@ class RangedQuantizer(FollowingRange):
 
     def _initialize(self, x: Tensor) -> None:
         """Set the range from the first tensor that has a finite value other than 0: zeros say nothing of the scale."""
-        if self.range == "in_hindsight" and not self.training:
-            self._warn_of_no_range()
-            return
         if not torch.compiler.is_compiling() and self._adopt():
+            return
+        if self.range == "in_hindsight" and not self.training:
+            self._refuse_written()
+            self._warn_of_no_range()
             return
         if torch.compiler.is_compiling():
             raise RuntimeError(
@@ -302,8 +303,8 @@ class RangedQuantizer(FollowingRange):
         extremes = torch.stack([low, high])
         if not (extremes.isfinite() & (extremes != 0)).any():
             return
-        if not self.training and self.was_written():
-            refuse_copy(self, "scale", "a range", "NaN: it was averaged with one that was not known yet")
+        if not self.training:
+            self._refuse_written()
         self.begin_calibration(once=True)
         self._observe(extremes if self.sync_range else x)
         self.end_calibration()
@@ -321,6 +322,11 @@ class RangedQuantizer(FollowingRange):
         self.restore_codes()
         self.initialized = True
         return True
+
+    def _refuse_written(self) -> None:
+        """Refuse to set a range in the place of one that was averaged away."""
+        if not torch.compiler.is_compiling() and self.was_written():
+            refuse_copy(self, "scale", "a range", "NaN: it was averaged with one that was not known yet")
 
     def _warn_of_no_range(self) -> None:
         if not self._warned_of_no_range:

@@ -136,7 +136,7 @@ class SizedQuantizer(RangedQuantizer):
         missing: list[str],
         *others: Any,
     ) -> None:
-        left_out = self.is_left_out(state_dict, prefix, strict)
+        left_out = self.is_left_out(state_dict, prefix, missing)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
         if left_out or self.tracker is None or any(key.startswith(prefix + "tracker.") for key in state_dict):
             return

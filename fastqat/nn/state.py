@@ -22,6 +22,8 @@ from fastqat.nn.timed import Timed
 OPTIONAL = ("estimator_strength",)  # a checkpoint of another estimator has none: then it stays as it is
 FINITE = ("scale", "zero_point", "offset", "range_low", "range_high")  # what a cast may not send to infinity
 
+WRITTEN = -2  # no version of a tensor
+
 _warned_loads: dict[str, list[str]] = {}  # kind of warning -> the load_state_dict call that was warned of
 
 
@@ -105,8 +107,10 @@ class QuantizerState(Timed):
         super().__setstate__(state)
         if left is None and not self.initialized:  # of an older file, where the scale was 1
             self.forget_range()
-        elif left:
-            self.note_placeholder()
+            return
+        self.note_placeholder()
+        if left is False and self._placeholder is not None:  # the copy has what was written, too
+            self._placeholder = (self._placeholder[0], WRITTEN)
 
     def materialize(self, shape: tuple[int, ...], device: torch.device) -> None:
         """Give the parameters their shape."""
@@ -139,16 +143,18 @@ class QuantizerState(Timed):
         """Called by the layer before a load: the dict has its weight, and without a range is of a float network."""
         self._weight_came = weight_came
 
-    def is_left_out(self, state_dict: dict[str, Any], prefix: str, strict: bool) -> bool:
+    def is_left_out(self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> bool:
         """True if a dict says nothing of the quantizer: no key of it, nor, without it, the weight of its layer.
 
+        Of a quantizer that is in no layer it says nothing where other keys are missing, too.
+
         Args:
-            state_dict, prefix, strict: of the load.
+            state_dict, prefix: of the load.
+            missing_keys: so far.
         """
         if any(key.startswith(prefix) for key in state_dict):
             return False
-        came = self._weight_came
-        return not (strict if came is None else came)
+        return bool(missing_keys) if self._weight_came is None else not self._weight_came
 
     def _load_from_state_dict(
         self,
@@ -160,7 +166,7 @@ class QuantizerState(Timed):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        left_out, self._weight_came = self.is_left_out(state_dict, prefix, strict), None
+        left_out, self._weight_came = self.is_left_out(state_dict, prefix, missing_keys), None
         if left_out:
             return
         keys = self._state_keys()
@@ -225,13 +231,16 @@ class QuantizerState(Timed):
         others.update({prefix + k: self._buffers[k] for k in OPTIONAL if self._buffers.get(k) is not None} | others)
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         # What a module of its own has, like the tracker, is expected where the bit-width asks for it.
-        mine = [key for key in unexpected_keys[unexpected:] if key[len(prefix) :].count(".") == 0]
-        if len(error_msgs) == failures and not mine:
+        more = [key[len(prefix) :] for key in unexpected_keys[unexpected:]]
+        more = [key for key in more if "." not in key and key not in OPTIONAL]
+        if more:
+            error_msgs.append(f"quantizer {prefix.rstrip('.')!r}: wanted one of its kind; got {', '.join(more)} as well")
+        if len(error_msgs) == failures:
             try:
                 self.restore_codes()
             except ValueError as error:
                 error_msgs.append(f"quantizer {prefix.rstrip('.')!r}: {error}")
-        if len(error_msgs) > failures or (mine and strict):
+        if len(error_msgs) > failures:
             self._parameters.update(tensors[0])
             self._buffers.update(tensors[1])
             with torch.no_grad():
@@ -257,6 +266,13 @@ class QuantizerState(Timed):
         if self._bits != before and not self.bits_are_data:
             got = f"quantizer {prefix.rstrip('.')!r}: the checkpoint has {self._bits} bits, and the model had {before}"
             _warn_once("bits", load, f"{got}: it becomes the network of the checkpoint, and so do others of this load")
+
+
+def take_bits_as_data(model: nn.Module) -> None:
+    """Let the quantizers of a model take the bit-widths of a checkpoint without a word."""
+    for module in model.modules():
+        if isinstance(module, QuantizerState):
+            module.bits_are_data = True
 
 
 _FLOAT_CHECKPOINT = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastqat.adaqat import AdaQAT
 from fastqat.averaging import AveragedModel
-from fastqat.nn.state import QuantizerState
+from fastqat.nn.state import take_bits_as_data
 from fastqat.train.checkpoint import Snapshot
 from fastqat.train.config import OPTIONS, Config
 from fastqat.train.distributed import Processes
@@ -130,9 +130,7 @@ class RunState:
         if PHASES.index(self.position.phase) > PHASES.index("PTQ"):
             prepare()
         if facts.get("search"):  # its bit-widths are those of the moment
-            for module in self.model.modules():
-                if isinstance(module, QuantizerState):
-                    module.bits_are_data = True
+            take_bits_as_data(self.model)
         try:
             self.model.load_state_dict(_part(snapshot.tensors, "model"))
         except RuntimeError as error:
