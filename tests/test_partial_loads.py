@@ -63,7 +63,7 @@ def test_a_weight_without_its_range_is_of_a_float_network() -> None:
     assert not net[0].weight_fake_quant.initialized and not net[0].activation_fake_quant.initialized
     assert net[2].weight_fake_quant.initialized and net[2].activation_fake_quant.initialized and net[3].initialized
     net(X)
-    assert net[0].weight_fake_quant.scale[0] > 0.5 and all(known(net))
+    assert net[0].weight_fake_quant.scale[0] > 0.4 and all(known(net))
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
@@ -81,10 +81,22 @@ def test_a_cast_dict(dtype: torch.dtype) -> None:
 
 REFUSED = {
     "scale below the least half": ("0.weight_fake_quant.scale", lambda v: (v * 1e-12).half(), "scale: wanted positive"),
-    "scale beyond the largest half": ("0.weight_fake_quant.scale", lambda v: (v * 1e9).half(), "scale: wanted positive"),
+    "scale beyond the largest half": (
+        "0.weight_fake_quant.scale",
+        lambda v: (v * 1e9).half(),
+        "scale: wanted positive",
+    ),
     "range beyond": ("2.activation_fake_quant.range_high", lambda v: (v * 1e9).half(), "range_high: wanted finite"),
-    "codes in floats": ("0.weight_fake_quant.qrange", lambda v: v.half(), r"qrange: wanted torch.int32, as it was saved"),
-    "step in floats": ("2.activation_fake_quant.step", lambda v: v.float(), "step: wanted torch.int64, as it was saved"),
+    "codes in floats": (
+        "0.weight_fake_quant.qrange",
+        lambda v: v.half(),
+        r"qrange: wanted torch.int32, as it was saved",
+    ),
+    "step in floats": (
+        "2.activation_fake_quant.step",
+        lambda v: v.float(),
+        "step: wanted torch.int64, as it was saved",
+    ),
     "scale in integers": ("0.weight_fake_quant.scale", lambda v: v.int(), "scale: wanted torch.float32"),
     "no such codes": ("0.weight_fake_quant.qrange", lambda v: v + 1, "qrange: wanted codes"),
     "another shape": ("0.weight_fake_quant.scale", lambda v: v[:2], "size mismatch for 0.weight_fake_quant.scale"),
@@ -118,7 +130,9 @@ def test_other_bits_come_with_a_word() -> None:
     net = used(bits=4)
     for _ in range(2):
         other = network(3)
-        with pytest.warns(UserWarning, match="'0.weight_fake_quant': the checkpoint has 4 bits, and .* had 3") as caught:
+        with pytest.warns(
+            UserWarning, match="'0.weight_fake_quant': the checkpoint has 4 bits, and .* had 3"
+        ) as caught:
             other.load_state_dict(net.state_dict())
         assert len(caught) == 1 and torch.equal(other.eval()(X), copy.deepcopy(net).eval()(X))
     with warnings.catch_warnings():

@@ -48,7 +48,9 @@ class QuantizerState(Timed):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.bits_are_data = False
-        self._placeholder: tuple[int, int] | None = None  # identity and version of the scale, as it was left without one
+        self._placeholder: tuple[int, int] | None = (
+            None  # identity and version of the scale, as it was left without one
+        )
         self._checked: tuple[int, ...] | None = None  # versions of the integers when they were last checked
         self._weight_came: bool | None = None  # whether the dict being loaded has the weight of its layer
 
@@ -234,7 +236,9 @@ class QuantizerState(Timed):
         more = [key[len(prefix) :] for key in unexpected_keys[unexpected:]]
         more = [key for key in more if "." not in key and key not in OPTIONAL]
         if more:
-            error_msgs.append(f"quantizer {prefix.rstrip('.')!r}: wanted one of its kind; got {', '.join(more)} as well")
+            error_msgs.append(
+                f"quantizer {prefix.rstrip('.')!r}: wanted one of its kind; got {', '.join(more)} as well"
+            )
         if len(error_msgs) == failures:
             try:
                 self.restore_codes()
