@@ -131,7 +131,7 @@ def _matched(average: nn.Module, model: nn.Module) -> tuple[Pairs, Pairs]:
         other = others.get(name)
         if other is None or type(mine) is not type(other):
             got = "none" if other is None else type(other).__name__
-            checks.fail(ValueError, f"module {name!r}", f"{type(mine).__name__}, as in the copy", got)
+            raise ValueError(f"module {name!r}: wanted {type(mine).__name__}, as in the copy; got {got}")
         in_line = _follow(mine, other) if isinstance(mine, FakeQuant) and isinstance(other, FakeQuant) else True
         for key, value in {**other._parameters, **other._buffers}.items():
             if value is None or is_lazy(value):

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastqat.nn.state import version_of
 from fastqat.nn.tracking import Tracker
-from fastqat.ops import checks
 
 if TYPE_CHECKING:
     from fastqat.nn.fake_quant import FakeQuant
@@ -27,7 +26,7 @@ _CURE = "make it once ranges are known (fastqat.calibrate), and copy integers; f
 def refuse_copy(quantizer: RangedQuantizer, name: str, wanted: str, got: str) -> NoReturn:
     """Refuse a tensor that was written from outside, with the cure."""
     layer = f"quantizer of layer {quantizer.layer_name or '?'!r}: {name}"
-    checks.fail(ValueError, layer, f"{wanted}", f"{got}. If this is an average of models, {_CURE}")
+    raise ValueError(f"{layer}: wanted {wanted}; got {got}. If this is an average of models, {_CURE}")
 
 
 def versions(quantizer: RangedQuantizer) -> tuple[int, ...]:
