@@ -35,9 +35,14 @@ FASTQAT_INLINE float to_float(Integer v) {
   return static_cast<float>(v);
 }
 
+// An integer by way of int32_t: one that T cannot hold wraps, where a cast of the float would be undefined.
 template <class T>
 struct FromFloat {
-  static FASTQAT_INLINE T convert(float v) { return static_cast<T>(v); }
+  static FASTQAT_INLINE T convert(float v) { return static_cast<T>(static_cast<int32_t>(v)); }
+};
+template <>
+struct FromFloat<float> {
+  static FASTQAT_INLINE float convert(float v) { return v; }
 };
 // Round to nearest, ties to even; a NaN stays one.
 template <>

@@ -28,7 +28,7 @@ FASTQAT_INLINE float exp_of_minus(float v) {
 FASTQAT_INLINE float sigmoid_peak(float k) {
   if (k < 0.25f)
     return 1.0f + k * k * (1.0f / 12.0f) * (1.0f - k * k * (1.0f / 60.0f));  // 1 - e^-k has lost its digits
-  float e = exp_of_minus(k > 80.0f ? 80.0f : k);
+  float e = exp_of_minus(k < 80.0f ? k : 80.0f);                             // NaN too, which no integer holds
   return 0.5f * k * (1.0f + e) / (1.0f - e);
 }
 
@@ -43,7 +43,8 @@ FASTQAT_INLINE float estimator_factor(float g, float r, float scale, float stren
   if (kEstimator == kSigmoid) {
     // sech(v)^2 = 4 q / (1 + q)^2 with q = e^-2v
     float v = 2.0f * strength * (0.5f - __builtin_fabsf(f));
-    float q = exp_of_minus(v < 0.0f ? 0.0f : v > 80.0f ? 80.0f : v);
+    v = v > 0.0f ? v : 0.0f;  // NaN too, as x may be
+    float q = exp_of_minus(v < 80.0f ? v : 80.0f);
     return peak * 4.0f * q / ((1.0f + q) * (1.0f + q));
   }
   if (kEstimator == kPsg) return strength * (__builtin_fabsf(f) * scale);

@@ -50,14 +50,15 @@ FASTQAT_INLINE bool passes_clip(float x, float clip) { return (x > 0.0f) & (x < 
 
 FASTQAT_INLINE bool is_fast_scale(float scale) { return scale >= kSmallestFastScale && scale <= kLargestFastScale; }
 
-// has_zero_point: the zero point rounds into [qmin, qmax]. Without one z = 0, whether or not it is a code, and o may
-// shift.
+// has_zero_point: the zero point rounds into [qmin, qmax]; one that is NaN makes the scale NaN, for a NaN in the bounds
+// would switch clamping off. Without one z = 0, whether or not it is a code, and o may shift.
 FASTQAT_INLINE Channel make_channel(float scale, float eps, bool has_zero_point, float zero_point, float offset,
                                     float qmin, float qmax) {
   Channel ch;
-  ch.scale = scale < eps ? eps : scale;
+  bool has_zero = !has_zero_point || zero_point == zero_point;
+  ch.scale = !has_zero ? __builtin_nanf("") : scale < eps ? eps : scale;
   ch.reciprocal = 1.0f / ch.scale;
-  float zero = has_zero_point ? clamp(round_even(zero_point), qmin, qmax) : 0.0f;
+  float zero = has_zero_point ? clamp(has_zero ? round_even(zero_point) : 0.0f, qmin, qmax) : 0.0f;
   ch.low = qmin - zero;
   ch.high = qmax - zero;
   ch.shift = has_zero_point ? zero : offset;
@@ -147,7 +148,7 @@ struct Extras {
   float held = __builtin_nanf("");  // level of a frozen weight, which passes nothing to x; NaN: not frozen
   float factor = 1.0f;              // of the estimator, in the place of the derivative of rounding
   float within = 1.0f;              // 0: a value inside the range adds nothing to ds
-  float dampening = 0.0f;           // k: adds k * (x - y) to dx inside the range
+  float dampening = 0.0f;           // k: adds k * (x - y) to dx inside the range; 0 adds nothing, not even 0 * Inf
   float drawn = 0.0f;               // what stochastic rounding makes of t / scale
 };
 
@@ -193,7 +194,7 @@ FASTQAT_INLINE Gradient fake_quantize_backward(float g, float x, const Channel& 
   float dx = inside ? (kFactor ? g * factor : g) : 0.0f;
   if (kFactor) slope = inside ? slope * extras.within : slope;
   if (kDamped) {
-    bool in_range = (t >= ch.scale * ch.low) & (t <= ch.scale * ch.high) & !held;
+    bool in_range = (t >= ch.scale * ch.low) & (t <= ch.scale * ch.high) & !held & (extras.dampening != 0.0f);
     float pull = extras.dampening * __builtin_fmaf(-lev, ch.scale, t);
     dx = dx + (in_range ? pull : 0.0f);
   }

@@ -58,7 +58,7 @@ struct Moment {
   float increment;        // m * (1 - m)^-t
   float previous_growth;  // (1 - m)^-(t - 1)
   float decay;            // (1 - m)^t
-  float previous_decay;   // (1 - m)^(t - 1)
+  double previous_decay;  // (1 - m)^(t - 1)
 };
 
 // clock: growth, last tracked step (-1: none), and its threshold.
@@ -82,11 +82,11 @@ FASTQAT_INLINE Moment moment(int64_t step, const double* clock, double momentum,
   at.increment = static_cast<float>(momentum * at.growth);
   at.previous_growth = static_cast<float>(before);
   at.decay = static_cast<float>(1.0 / at.growth);
-  at.previous_decay = static_cast<float>(1.0 / before);
+  at.previous_decay = 1.0 / before;
   return at;
 }
 
-// A weight and its state, taken apart.
+// A weight and its state, taken apart. While it is pending, `average` is the index of its own code in that step.
 struct Tracked {
   int32_t index, flags;
   float frequency, average;
@@ -97,9 +97,21 @@ struct Event {
   bool changes, oscillates, freezes;
 };
 
+// The index of the code nearest to an average, of two the even code (an index would be odd there if qmin is). In
+// double: beside a code of 200 a float keeps no more than 2^-16 of the deviation. No average, were it NaN, leaves the
+// grid.
+FASTQAT_INLINE int32_t frozen_index(int32_t index, double deviation, float qmin, float qmax) {
+  double low = qmin, high = qmax, mean = low + index + deviation;
+  mean = mean > low ? mean : low;
+  mean = mean < high ? mean : high;
+  return static_cast<int32_t>(__builtin_rint(mean) - low);
+}
+
 // The index that a weight has in this step, and its new state. now: index of its own code; number: it is no NaN. A
-// weight that is frozen here keeps its own code until the next step.
-FASTQAT_INLINE int32_t record(Tracked& weight, int32_t now, bool number, const Moment& at, Event& event) {
+// weight that is frozen here has its own code until the next step, where the frozen one, which its word has already, is
+// a change against it.
+FASTQAT_INLINE int32_t record(Tracked& weight, int32_t now, bool number, const Moment& at, float qmin, float qmax,
+                              Event& event) {
   event = {false, false, false};
   if (at.first) {
     weight = {now, kNone, 0.0f, 0.0f};
@@ -107,9 +119,10 @@ FASTQAT_INLINE int32_t record(Tracked& weight, int32_t now, bool number, const M
   }
   bool free = weight.flags<kSettled, pending = weight.flags> kSettled;
   int32_t direction = weight.flags & 3;
-  int32_t index = free ? now : pending ? static_cast<int32_t>(weight.average) : weight.index;
-  bool changes = number && index != weight.index && (free || pending);
-  int32_t way = index > weight.index ? kUp : kDown;
+  int32_t index = free ? now : weight.index;
+  float last = pending ? weight.average : static_cast<float>(weight.index);
+  bool changes = number && static_cast<float>(index) != last && (free || pending);
+  int32_t way = static_cast<float>(index) > last ? kUp : kDown;
   bool oscillates = changes && direction != kNone && way != direction;
   weight.frequency = weight.frequency * at.rescale;
   if (oscillates) weight.frequency = weight.frequency + at.increment;
@@ -122,16 +135,16 @@ FASTQAT_INLINE int32_t record(Tracked& weight, int32_t now, bool number, const M
   if (free) {
     float average = weight.average * at.rescale;
     bool due = (changes || at.sweeps) && at.threshold > 0.0f && weight.frequency * at.decay > at.threshold;
-    float mean = round_even(static_cast<float>(weight.index) + average * at.previous_decay);
+    int32_t mean = frozen_index(weight.index, average * at.previous_decay, qmin, qmax);
     if (changes) average = average + static_cast<float>(weight.index - index) * at.previous_growth;
     if (at.activates) average = 0.0f;
-    weight.average = !due ? average : at.use_average && !at.activates ? mean : static_cast<float>(index);
+    weight.average = due ? static_cast<float>(index) : average;
+    weight.index = due && at.use_average && !at.activates ? mean : index;
     weight.flags = (changes ? way : direction) | (due ? kSettled : 0);
     event.freezes = due;
   } else if (pending) {
     weight.flags = kSettled;
   }
-  weight.index = index;
   return index;
 }
 

@@ -19,9 +19,13 @@ FASTQAT_INLINE Candidate make_candidate(const Channel& ch) {
 }
 
 // For finite x. Rounds x * (1 / s) rather than x / s: they differ only at ties, where both codes have the same error.
-FASTQAT_INLINE float add_squared_error(float sum, float x, const Candidate& c) {
+FASTQAT_INLINE float residual_of(float x, const Candidate& c) {
   float rounded = clamp(__builtin_fmaf(x, c.reciprocal, kMagic), c.low, c.high) - kMagic;
-  float residual = __builtin_fmaf(rounded, c.scale, -x);
+  return __builtin_fmaf(rounded, c.scale, -x);
+}
+
+FASTQAT_INLINE float add_squared_error(float sum, float x, const Candidate& c) {
+  float residual = residual_of(x, c);
   return __builtin_fmaf(residual, residual, sum);
 }
 

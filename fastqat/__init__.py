@@ -12,6 +12,7 @@ from fastqat.compression import SavedActivations, compress_saved_activations
 from fastqat.cost import Cost, cost
 from fastqat.hessian import ewgs_delta
 from fastqat.nn import (
+    Coverage,
     Dampening,
     FakeQuant,
     GradientFakeQuant,
@@ -27,6 +28,7 @@ from fastqat.nn import (
     quantizer_parameters,
     remove,
     report,
+    scales_at_floor,
     step,
 )
 from fastqat.ops.select import current_backend, status, use_backend
@@ -41,6 +43,7 @@ __all__ = [
     "AveragedModel",
     "BitWidths",
     "Cost",
+    "Coverage",
     "Dampening",
     "FakeQuant",
     "GradientFakeQuant",
@@ -77,6 +80,7 @@ __all__ = [
     "reestimate_bn",
     "remove",
     "report",
+    "scales_at_floor",
     "set_bit_widths",
     "status",
     "step",

@@ -14,7 +14,8 @@ from torch import nn
 
 from fastqat.nn import coded, layers
 from fastqat.nn.masks import keep_as_torch, keep_less
-from fastqat.nn.prepare import CHOICE
+from fastqat.nn.own_forward import OwnForward
+from fastqat.nn.selection import CHOICE
 from fastqat.nn.twins import is_twin, original_class, torch_layer
 from fastqat.ops import checks
 
@@ -92,6 +93,8 @@ def _why_not(module: nn.Module) -> str:
         return getattr(getattr(module, CHOICE, None), "note", "") or "it is not quantized"
     if isinstance(module, nn.Embedding):
         return "its input are indices"
+    if isinstance(module, OwnForward):
+        return "it has a forward of its own, which saves what autograd saves for it"
     if not isinstance(module, _LAYERS):
         return "one quantizer serves several of its inputs"
     quantizer = layer.activation_fake_quant

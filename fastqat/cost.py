@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.observe import eagerly, evaluating, nothing_changes, run_batch
+from fastqat.nn.products import Products, decomposed_attention
 from fastqat.nn.table import table
 from fastqat.nn.twins import is_twin, original_class, torch_layer, weight_names
 from fastqat.ops import checks
 
 FLOAT_BITS = 32  # of what is not quantized
-_PRODUCTS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)  # of two activations, in whatever module
 
 
 @dataclass(frozen=True)
@@ -130,40 +125,20 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
     if not layers:
         checks.fail(ValueError, "model", "a module with Linear, Conv, Embedding or attention layers", "one without")
     quantizers = [module for module in names if isinstance(module, FakeQuant)]
-    with evaluating(model), eagerly(), nothing_changes(quantizers), _decomposed_attention():
-        with FlopCounterMode(display=False) as counter:
-            run_batch(model, example_inputs)
-    counts = counter.get_flop_counts()
-    macs = {name: sum(n for op, n in by_op.items() if op not in _PRODUCTS) // 2 for name, by_op in counts.items()}
-    root = type(model).__name__
+    products = Products(model)
+    with evaluating(model), eagerly(), nothing_changes(quantizers), decomposed_attention(), products:
+        run_batch(model, example_inputs)
+    macs = dict.fromkeys(layers, 0)
+    for product, count in products.count.items():
+        if product.module in macs and (product.of_weight or not isinstance(product.module, nn.MultiheadAttention)):
+            macs[product.module] += count
     counted: set[int] = set()
-    rows = [_layer_cost(layer, names[layer], _own_macs(macs, root, names[layer], layer), counted) for layer in layers]
-    rest = counter.get_total_flops() // 2 - sum(row.macs for row in rows)
+    rows = [_layer_cost(layer, names[layer], macs[layer], counted) for layer in layers]
+    rest = sum(products.count.values()) - sum(macs.values())
     if rest:
         rows.append(LayerCost("", rest, 0, FLOAT_BITS, FLOAT_BITS, 0))
     others = [p for p in model.parameters() if id(p) not in counted]
     return Cost(tuple(rows), sum(p.numel() * p.element_size() for p in others))
-
-
-@contextlib.contextmanager
-def _decomposed_attention() -> Iterator[None]:
-    """Keep torch's attention from its fused kernels, whose products nobody counts."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _own_macs(macs: dict[str, int], root: str, name: str, layer: nn.Module) -> int:
-    """Multiply-accumulates of a layer without those of the layers within it."""
-
-    def of(path: str) -> int:
-        return macs.get(f"{root}.{path}" if path else root, 0)
-
-    return of(name) - sum(of(f"{name}.{child}" if name else child) for child, _ in layer.named_children())
 
 
 def _layer_cost(layer: Any, name: str, macs: int, counted: set[int]) -> LayerCost:

@@ -49,7 +49,7 @@ class QuantizedWeight:
     def latent(self) -> Tensor:
         """The weight in float as the quantizer sees it, [output channels, ...], without its history for autograd."""
         weight: Tensor = getattr(self.layer, self.parameter).detach()
-        return quantized_view(self.layer, weight) if isinstance(self.layer, QuantizedLayer) else weight
+        return quantized_view(self.layer, weight).detach() if isinstance(self.layer, QuantizedLayer) else weight
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:

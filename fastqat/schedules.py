@@ -30,8 +30,9 @@ class Schedule:
         step       h = end
         constant   h = start
 
-    t counts the optimizer steps taken so far: 0 before the first. The options are all that there is: two schedules of
-    equal options are equal, and nothing of a schedule needs a place in a checkpoint but :meth:`to_dict`.
+    t counts the optimizer steps taken so far: it is 0 in the first step, which therefore sees the start; in the
+    released code the first step is 1. The options are all that there is: two schedules of equal options are equal, and
+    nothing of a schedule needs a place in a checkpoint but :meth:`to_dict`.
 
     Args:
         kind: "cosine", "linear", "step" or "constant".

@@ -173,7 +173,7 @@ class TransitionRateScheduler:
             torch.lerp(before, weight, factor.to(weight.device, weight.dtype), out=weight)
 
     def _move_on(self, trackers: list[Any]) -> None:
-        counts = torch.stack([tracker.counts.to(self._device) for tracker in trackers])  # int64 [tensors, 4]
+        counts = torch.stack([tracker.counts.to(self._device) for tracker in trackers])  # int64 [tensors, 5]
         clocks = torch.stack([tracker.clock.to(self._device) for tracker in trackers])  # float64 [tensors, 3]
         steps = torch.cat([found.quantizer.step.to(self._device) for found in self._found])
         free = self._numels - counts[:, 2]

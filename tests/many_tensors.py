@@ -15,6 +15,7 @@ import torch
 from cases import Grid, GridCase, random
 from torch import Tensor
 
+from fastqat.nn.tracking import SEAL
 from fastqat.ops import estimators, words
 
 on_backends = pytest.mark.parametrize("backend", ("cpu", "cuda-on-host", "triton", "cuda"), indirect=True)
@@ -53,7 +54,8 @@ class Weight:
             self.state = [none] * 5
         elif not self.state:
             self.state = [fenced(x, dtype) for dtype in dtypes]
-            self.state.append(fenced(none.new_empty(4), torch.int64))
+            self.state.append(fenced(none.new_empty(5), torch.int64))
+            self.state[3][4] = SEAL
             self.state.append(fenced(none.new_empty(3), torch.float64))
             self.state[4].copy_(torch.tensor([1.0, -1.0, 0.0]))
 
@@ -69,6 +71,7 @@ class Weight:
         """Nothing was written outside of the state."""
         for name, t in zip(STATE, self.state, strict=True):
             if self.momentum:
+                assert name != "counts" or t[4].item() == SEAL, f"{self.case.label}: the seal is broken"
                 whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
                 ends = torch.cat([whole[:FENCE], whole[t.numel() + FENCE :]])
                 assert (ends == 77).all(), f"{self.case.label}: {name}: written outside"
@@ -184,7 +187,7 @@ def with_random_state(case: GridCase, number: int) -> Weight:
     weight.state[0].copy_(words.packed(index, direction, frozen, weight.state[0].dtype))
     weight.state[1].copy_(torch.rand(size, generator=generator) * growth)
     weight.state[2].copy_(torch.where(frozen, other, torch.rand(size, generator=generator) * growth - growth / 2))
-    weight.state[3].copy_(torch.tensor([2**40, 5, 3, 2]))
+    weight.state[3].copy_(torch.tensor([2**40, 5, 3, 2, SEAL]))
     weight.state[4].copy_(torch.tensor([growth, -1.0 if begins else 41.0, (0.0, 0.5, 0.2)[number % 3]]))
     return weight
 

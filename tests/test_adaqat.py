@@ -255,7 +255,7 @@ def test_costs() -> None:
 def test_fixed_layers_and_shared_quantizers() -> None:
     model = prepared(more=2)
     middle(model, "weight")
-    model.middle[2].weight = model.middle[0].weight
+    model.middle[2]._parameters["weight"] = model.middle[0].weight
     model.middle[2].weight_fake_quant = model.middle[0].weight_fake_quant
     widths = fastqat.AdaQAT(model, lam=0.1, start_weight=3, start_activation=2, fixed=["*0", "last"])
     assert widths.bits() == {

@@ -221,7 +221,7 @@ def test_resumed_it_goes_on_bit_for_bit() -> None:
 
 def test_shared_weights_have_one_width() -> None:
     model, data = prepared(more=3), batches(4)
-    model.middle[2].weight = model.middle[0].weight
+    model.middle[2]._parameters["weight"] = model.middle[0].weight
     model.middle[2].weight_fake_quant = model.middle[0].weight_fake_quant
     model.middle[1].activation_fake_quant = None
     widths = fastqat.AdaQAT(model, lam=0.5, lr_weight=0.3, lr_activation=0.2, per_layer=True)

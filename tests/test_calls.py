@@ -148,7 +148,7 @@ CHANGES: dict[str, tuple[QSpec, Callable[[nn.Module], object]]] = {
     "memory of weight and scale": (TRACKED, replace_data),
     "strides of a weight": (TRACKED, transpose_memory),
     "shape of a weight": (replace(PLAIN, dampening=Dampening(0.3, "mean")), widen),
-    "weight": (TRACKED, lambda net: setattr(net[0], "weight", nn.Parameter(net[0].weight.detach() * 0.5))),
+    "weight": (TRACKED, lambda net: net[0]._parameters.update(weight=nn.Parameter(net[0].weight.detach() * 0.5))),
     "scale": (TRACKED, set_attribute("scale", nn.Parameter(torch.full((4,), 0.1)))),
     "everything by load_state_dict": (TRACKED, assign),
     "count of steps": (STOCHASTIC, set_attribute("step", torch.tensor([40]))),

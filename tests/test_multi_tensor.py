@@ -65,7 +65,7 @@ def check_walks(twins: list[Weight]) -> None:
     """The walks met what they are there for: changes, oscillations, freezes, and a growth that began anew."""
     tracked = [w for w in twins if w.momentum and w.case.x.numel()]
     for w in tracked:
-        transitions, oscillations, freezes, _ = w.state[3].tolist()
+        transitions, oscillations, freezes, *_ = w.state[3].tolist()
         assert transitions > 50 and oscillations > 20 and (freezes > 4 or w.tensor_id == 3), w.case.label
     assert any(float(w.state[4][0]) < (1 - w.momentum) ** -float(w.state[4][1]) * 2.0**-60 for w in tracked)
     assert {w.state[0].dtype for w in tracked} == {torch.uint8, torch.int16}
@@ -138,8 +138,7 @@ def tracked_codes(bits: int, size: int, momentum: float) -> Weight:
 def state_of(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
     """f, frozen, and frozen code - qmin."""
     word = words.unpacked(weight.state[0])
-    frozen = torch.where(word.pending, weight.state[2].int(), word.index)
-    return weight.state[1].double() / weight.state[4][0], word.frozen, frozen
+    return weight.state[1].double() / weight.state[4][0], word.frozen, word.index
 
 
 def test_agrees_with_algorithm_1() -> None:
@@ -210,7 +209,7 @@ def play(
         for i, want in enumerate((averages or {}).get(t, ())):
             assert want is None or average[i].item() == pytest.approx(want, abs=1e-6), t
         if counts:
-            assert weight.state[3].tolist() == list(counts[t]), t
+            assert weight.state[3].tolist()[:4] == list(counts[t]), t
 
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastqat
 from fastqat import Dampening, FakeQuant, Oscillation, QConfig, QSpec, Schedule
+from fastqat.nn.tracking import SEAL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
@@ -190,7 +191,7 @@ def test_frozen_weights() -> None:
     """A frozen weight has its code whatever its latent value is, no gradient, and g * code goes to the scale."""
     q = FakeQuant(3, range="fixed", scale=torch.ones(1), learn="scale", oscillation=Oscillation(0.1, 0.15))
     w = nn.Parameter(torch.tensor([0.0, 2.0]))
-    optimizer = torch.optim.SGD([w], 0.0)
+    optimizer = torch.optim.SGD([w, q.scale], 0.0)
     for value in (0.0, 1.0, 0.0, 1.0, 0.0, 1.0):
         with torch.no_grad():
             w[0] = value
@@ -301,7 +302,7 @@ def test_bits_reset_it_with_a_warning() -> None:
         q.bits = 2
     assert not q.tracker.has_tracked
     net(X)
-    assert q.tracker.counts.tolist() == [0, 0, 0, 0]
+    assert q.tracker.counts.tolist() == [0, 0, 0, 0, SEAL]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         q.bits = 2
@@ -465,7 +466,7 @@ def test_groups_that_are_no_view_compile() -> None:
         q = FakeQuant(3, axis=1, group_size=2, learn="scale", oscillation=Oscillation(0.1, 0.25))
         q(w)
         call = torch.compile(q, fullgraph=True, backend="aot_eager") if compiled else q
-        optimizer = torch.optim.SGD([w], 0.0)
+        optimizer = torch.optim.SGD([w, q.scale], 0.0)
         for step in range(10):
             call(w).sum().backward()
             optimizer.step()

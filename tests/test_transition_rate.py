@@ -30,7 +30,13 @@ def network(bits: int = 2, oscillation: Oscillation | None = TRACKED, **options)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
     config = QConfig(QSpec(bits=bits, range="minmax", learn="scale", oscillation=oscillation, **options), None)
-    return fastqat.prepare(model, config)
+    return with_fixed_scales(fastqat.prepare(model, config))
+
+
+def with_fixed_scales(model: nn.Module) -> nn.Module:
+    for scale in fastqat.quantizer_parameters(model):
+        scale.requires_grad_(False)
+    return model
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:

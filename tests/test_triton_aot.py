@@ -98,7 +98,7 @@ def many(name: str, dtype: torch.dtype) -> Callable[[], object]:
     grid = ([scale], [none], [none], [qrange], [0], [1e-8], [3], [-1], [step])
     if name == "tracked":
         like = torch.zeros_like(x, dtype=torch.float32)
-        state = (word, like, like.clone(), torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.float64))
+        state = (word, like, like.clone(), torch.zeros(5, dtype=torch.int64), torch.zeros(3, dtype=torch.float64))
         options = ([0.01], [1], [one], True, *([t] for t in state), [torch.empty_like(x)])
         return lambda: ops.multi_tensor_fake_quantize([x], *grid, *options)
     number = estimators.ESTIMATORS[name][0]

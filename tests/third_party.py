@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -60,6 +61,17 @@ def of_torchvision(name: str, size: int, overrides: dict[str, Any] | None = None
 def of_timm(name: str, size: int) -> Model:
     """A classifier of timm."""
     return Model(name, "timm", lambda: importlib.import_module("timm").create_model(name), images(size))
+
+
+def gpt2(**options: Any) -> nn.Module:
+    """A GPT-2, whose layers are no subclasses of torch's."""
+    package = importlib.import_module("transformers")
+    return package.GPT2LMHeadModel(package.GPT2Config(**options))
+
+
+def efficientnet_lite() -> nn.Module:
+    """EfficientNet-Lite0 of its package, whose convolutions pad by themselves."""
+    return importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
 
 
 def images(size: int, name: str = "x") -> Callable[[], dict[str, Any]]:
@@ -141,6 +153,10 @@ FULL = (
     of_timm("efficientnet_b0", 224),
     of_timm("convnext_tiny", 224),
     of_timm("vit_small_patch16_224", 224),
+    Model("GPT2 (LMHead)", "transformers", gpt2, words(50257, 64)),
+    of_timm("tf_efficientnet_b0", 224),
+    of_timm("nf_resnet50", 224),
+    Model("EfficientNet-Lite0", "efficientnet_lite_pytorch", efficientnet_lite, images(224, "inputs")),
 )
 
 
@@ -268,7 +284,7 @@ def main() -> None:
         layers, share = len({row.layer for row in r.quantizers}), r.quantized_parameters / r.parameters
         operations = sum(row.calls for row in r.operations or ())
         print(
-            f"| {model.package} {importlib.import_module(model.package).__version__} | {model.name} | {layers} "
+            f"| {model.package} {version(model.package)} | {model.name} | {layers} "
             f"| {len(r.quantizers)} | {share:.2%} of {r.parameters / 1e6:.1f} M | {len(r.left_in_float)} modules "
             f"| {operations} | {facts.prepare_seconds:.2f} s |",
             flush=True,

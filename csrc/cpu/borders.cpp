@@ -26,8 +26,11 @@ struct Border {
 
 bool close(float a, float b) { return std::fabs(a - b) <= kSame * std::fabs(b); }
 
+// That of NaN is the first.
 FASTQAT_INLINE int32_t cell_of(float v, float first, float density, float last) {
-  return static_cast<int32_t>(clamp((v - first) * density, 0.0f, last));
+  float cell = (v - first) * density;
+  cell = cell > 0.0f ? cell : 0.0f;
+  return static_cast<int32_t>(cell < last ? cell : last);
 }
 
 // cells[i]: that of x[i] / unit, which is scaled[i]; returns the sum of x^2.

@@ -10,8 +10,8 @@
 #include "../elements.h"
 #include "grid.h"
 
-// One clone per instruction set; the loader picks the best one at run time.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+// One clone per instruction set; the loader picks the best one at run time. FASTQAT_NO_CLONES: none (sanitizers).
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(FASTQAT_NO_CLONES)
 #define FASTQAT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FASTQAT_CLONES

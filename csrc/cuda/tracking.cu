@@ -122,7 +122,9 @@ struct Tracking : Elementwise {
                    entry.average[element]};
     const bool held = weight.flags >= kSettled && !first && number;
     Event event;
-    const int32_t index = record(weight, static_cast<int32_t>(own - ch.low), number, at, event);
+    const int32_t now = static_cast<int32_t>(own - ch.low);
+    const float qmin = static_cast<float>(entry.grid.qrange[0]), qmax = static_cast<float>(entry.grid.qrange[1]);
+    const int32_t index = record(weight, now, number, at, qmin, qmax, event);
     if (held) array<Y>(entry.y, entry.y_dtype, element).set(0, value<true>(ch.low + static_cast<float>(index), ch));
     if (!entry.advance) return;
     own_words.store(weight.index, weight.flags);

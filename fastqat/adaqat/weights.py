@@ -13,6 +13,7 @@ from fastqat.adaqat.grids import codes_tensor
 from fastqat.dorefa import quantized
 from fastqat.nn.calls import NOTHING, Forward, Together
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.following_weight import AS_IS, FORM
 from fastqat.nn.layers import QuantizedLayer
 
 _ops = torch.ops.fastqat
@@ -78,6 +79,7 @@ def _fits(layer: Any, name: str, q: FakeQuant) -> bool:
         and q.initialized
         and q.fake_quant_enabled
         and not q._calibrating
+        and getattr(layer, FORM, AS_IS) == AS_IS
         and layer.output_channels_first(weight, layer._groups) is weight
     )
 

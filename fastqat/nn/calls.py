@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastqat.multi_tensor import Plan, apply_multi_tensor
+from fastqat.nn.following_weight import AS_IS, FORM
 from fastqat.nn.items import StepValues, constants_of, dampening_of, threshold_of
+from fastqat.nn.sharded import is_sharded
 from fastqat.nn.spec import QSpec
 
 if TYPE_CHECKING:
@@ -35,8 +37,8 @@ class Member(NamedTuple):
     def is_ready(self) -> bool:
         """True if the layer would quantize its weight as it is now.
 
-        Not where it is computed (parametrized, pruned), where a hook of the layer or its max_norm may change it first,
-        or where the layer has lost the quantizer.
+        Not where it is computed (parametrized, pruned, standardized) or sharded until the layer runs, where a hook of
+        the layer, its forward or its max_norm may change it first, or where the layer has lost the quantizer.
         """
         layer: dict[str, Any] = self.layer.__dict__  # past nn.Module, whose way to look for attributes is a long one
         return (
@@ -44,7 +46,10 @@ class Member(NamedTuple):
             and layer["_modules"].get(self.name + "_fake_quant") is self.quantizer
             and not layer["_forward_pre_hooks"]
             and layer.get("max_norm") is None
+            and layer.get(FORM, AS_IS) == AS_IS
             and self.quantizer.is_ready()
+            and not is_sharded(layer["_parameters"][self.name])
+            and not is_sharded(self.quantizer._parameters["scale"])
         )
 
     def is_differentiable(self) -> bool:
@@ -188,7 +193,7 @@ class Facts(NamedTuple):
             # The same Parameter may have another memory (.data = ...), of another form.
             values += (w.shape, w.stride(), w.device, scale.shape, scale.dtype, scale.device)
             values += (m.is_differentiable(), _options(quantizer))
-            objects += (w, quantizer["_clock"], *parameters.values(), *quantizer["_buffers"].values())
+            objects += (w, quantizer["clock"], *parameters.values(), *quantizer["_buffers"].values())
             if tracker is not None:
                 objects += tracker._buffers.values()
                 values += (tracker.options, tracker.momentum)

@@ -13,13 +13,12 @@ import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastqat.nn.state import version_of
-from fastqat.nn.tracking import Tracker
+from fastqat.nn.tracking import SEAL, Tracker
 
 if TYPE_CHECKING:
     from fastqat.nn.fake_quant import FakeQuant
     from fastqat.nn.ranged import RangedQuantizer
 
-SEAL = 2**62 + 1  # the last of five counts: no average of it is itself
 _CURE = "make it once ranges are known (fastqat.calibrate), and copy integers; fastqat.AveragedModel does right"
 
 
@@ -74,7 +73,7 @@ def _check_codes(quantizer: FakeQuant) -> None:
 
 def _check_tracker(quantizer: FakeQuant, tracker: Tracker) -> None:
     counts = tracker.counts.tolist()
-    if len(counts) > 4 and counts[4] != SEAL:
+    if counts[4] != SEAL:
         refuse_copy(quantizer, "tracker.counts", f"{SEAL} at the end", f"{counts[4]}: integers were averaged")
     last, step = float(tracker.clock[1]), int(quantizer.step)
     stale = last > step or (step == 0 and not last.is_integer())

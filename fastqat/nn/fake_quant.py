@@ -20,7 +20,8 @@ from fastqat.nn.sized import SizedQuantizer
 from fastqat.nn.spec import QSpec
 from fastqat.nn.tracking import Dampening
 from fastqat.ops import checks
-from fastqat.ops.estimators import ESTIMATORS, kernel_strength
+from fastqat.ops.estimators import ESTIMATORS, STOCHASTIC, kernel_strength
+from fastqat.schedules import Schedule
 
 
 class FakeQuant(SizedQuantizer):
@@ -49,6 +50,8 @@ class FakeQuant(SizedQuantizer):
             that have none. Of "sigmoid" and "dsq" it is the slope k.
         tensor_id: number of this tensor for stochastic rounding: its place in :func:`fastqat.prepare`.
         layer_name: of the layer whose input or output this is, for messages; None where nobody said.
+        is_of_weight: True where ``prepare`` or ``register_parametrization`` made it for a weight.
+        growing: True while the range follows a weight, or channels of it, that began at zero.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted, and what came.
@@ -84,6 +87,8 @@ class FakeQuant(SizedQuantizer):
         self._is_plain, self.has_pact_gradients = spec.is_plain, spec.is_pact
         self.tensor_id = 0
         self.layer_name: str | None = None
+        self.is_of_weight = False
+        self.steps_without_owner: int | None = 0  # of a learned scale; None once it is known, see fastqat.nn.scales
         self.together = NOTHING
         self.fake_quant_enabled = True
         self.observer_enabled = True
@@ -140,18 +145,24 @@ class FakeQuant(SizedQuantizer):
             self.follows(x)
         if not self.training:
             check_copy(self)
+        is_counted = self.mark_forward()
         clip = CLIPS[self.activation]
         if self._calibrating:
             x = activated(x, clip)
             self._observe(x)
             return x if out_dtype is None else x.to(out_dtype)
         if not self.initialized:
-            self._initialize(activated(x, clip))
+            self._initialize(activated(x, clip), self.is_of_weight or isinstance(x, nn.Parameter))
+        if self.growing and self.training and self.observer_enabled:
+            self._grow(x)
         ready = self.initialized and self.fake_quant_enabled
         if ready and self.normalize == "tanh":
             return dorefa_fake_quantize(x, self.qrange[1:], self.rescale, out_dtype)
         y = self._quantized(x, clip, ready, out_dtype, keep)
-        return self.in_units(y) if ready else y
+        y = self.in_units(y) if ready else y
+        if is_counted:
+            self.clock.count_forward(self, y)
+        return y
 
     def _quantized(
         self, x: Tensor, clip: float, ready: bool, out_dtype: torch.dtype | None, keep: Keep | None
@@ -205,20 +216,33 @@ class FakeQuant(SizedQuantizer):
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         if not self.training:
             check_copy(self)
-        known = self.normalize != "tanh"  # which no op on many tensors computes
+        known = self.normalize != "tanh" and not self.growing  # which no op on many tensors computes
         return known and not hooks and self.initialized and self.fake_quant_enabled and not self._calibrating
 
     def done_together(self, weight: Tensor, dtype: torch.dtype | None) -> Tensor | None:
         """The quantized weight, where :func:`quantize_weights_together` has it; else None."""
         together = self.together
         value = together.get(weight, dtype)
+        if value is not None and self.mark_forward():
+            self.clock.count_forward(self, value)
         if value is not None and value.requires_grad and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
             self.keep(together._replace(again=False))
         return value
 
+    def needs_time(self) -> bool:
+        """True if it tracks, follows a schedule, draws noise, or moves its range once in a step."""
+        scheduled = self.dampening is not None and isinstance(self.dampening.weight, Schedule)
+        noisy = ESTIMATORS[self.estimator][0] == STOCHASTIC
+        return (self.tracked and self.is_following) or (
+            self.fake_quant_enabled and (self.tracker is not None or scheduled or noisy)
+        )
+
     def advanced(self) -> None:
-        """Forget what was quantized before the step."""
+        """Forget what was quantized before the step; keep the range where its parameters are whole in a pass only."""
         self.keep(NOTHING)
+        self.write_range_to_shards()
+        if self.growing and self.growth is not None:
+            self.growing = self.growth.advance(self)
 
     def keep(self, together: Together) -> None:
         """Keep what was quantized together with others; past nn.Module, whose way to set attributes is a long one."""
@@ -231,8 +255,9 @@ class FakeQuant(SizedQuantizer):
         """Called by ``register_parametrization``: sets the range from the weight, which stays as it is."""
         if isinstance(weight, nn.Parameter):
             self.follows(weight)
+        self.is_of_weight = True
         if not self.initialized:
-            self._initialize(weight.detach())
+            self._initialize(weight.detach(), of_weight=True)
         if self.tracker is not None:
             self.tracker.prepare(weight.detach(), self.codes[0])
         return weight

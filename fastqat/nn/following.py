@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastqat import functional, ranges
+from fastqat.nn.sharded import is_sharded, write_parameter
 from fastqat.nn.spec import FOLLOWING
 from fastqat.nn.state import QuantizerState
 from fastqat.ops import one_tensor
@@ -84,6 +85,17 @@ class FollowingRange(QuantizerState):
             self.new_high.copy_(torch.maximum(self.new_high, high))
             self.merge_ranks(self.new_low, self.new_high)
         return grid
+
+    def write_range_to_shards(self) -> None:
+        """Let the parameters be the grid of the range, where what a forward pass wrote into them is lost at its end."""
+        if self.range_low is None or not is_sharded(self._parameters["scale"]):
+            return
+        codes = self.qrange[0], self.qrange[1]
+        bounds = self.range_low, self.range_high
+        scale, zero_point = ranges.grid_from_range(*bounds, *codes, symmetric=self.zero_point is None)
+        write_parameter(self.scale, scale)
+        if self.zero_point is not None:
+            write_parameter(self.zero_point, zero_point)
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return functional.minmax(x.detach(), axis=self.axis, group_size=self.group_size)

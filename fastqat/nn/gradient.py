@@ -215,11 +215,16 @@ class GradientFakeQuant(QuantizerState):
         if torch._C._are_functorch_transforms_active():
             wanted = "no gradient quantizer under a torch.func transform"
             checks.fail(NotImplementedError, f"layer {self.layer_name!r}", wanted, f"method={self.spec.method!r}")
+        is_counted = self.mark_forward()
         if torch.compiler.is_compiling():
             self._check_compilable()
         else:
             self._check(y)
-        return gradients.with_quantized_gradient(y, self.quantize) if y.requires_grad else y
+        if y.requires_grad:
+            y = gradients.with_quantized_gradient(y, self.quantize)
+        if is_counted:
+            self.clock.count_forward(self, y)
+        return y
 
     def _check_compilable(self) -> None:
         if not self.initialized:
@@ -292,6 +297,12 @@ class GradientFakeQuant(QuantizerState):
             self.get_buffer("new_low").copy_(low)
             self.get_buffer("new_high").copy_(high)
         self.initialized = True
+
+    def needs_time(self) -> bool:
+        """True if it draws noise, or its grid moves once in a step."""
+        return self.fake_quant_enabled and (
+            self.spec.rounding == "stochastic" or self.spec.method not in ("minmax", "fixed")
+        )
 
     def advanced(self) -> None:
         """Count a step of the optimizer."""

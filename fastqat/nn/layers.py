@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from fastqat.nn import coded
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.following_weight import GROUPED, channels_first
 from fastqat.nn.gradient import GradientFakeQuant
+from fastqat.nn.sharded import is_sharded
+from fastqat.ops import checks
 
 
 class QuantizedLayer:
@@ -58,6 +61,28 @@ class QuantizedLayer:
         if self.gradient_fake_quant is not None:
             yield "gradient", self.gradient_fake_quant
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.weight_names and isinstance(value, nn.Parameter):
+            self._check_assigned(name, value)
+        super().__setattr__(name, value)
+
+    def _check_assigned(self, name: str, value: nn.Parameter) -> None:
+        """Refuse another Parameter in the place of a weight whose range is set: that range says nothing of it.
+
+        A checkpoint brings the range with it. FSDP2 puts a part (a DTensor) and the whole of one weight in turn.
+        """
+        old: nn.Parameter | None = self.__dict__["_parameters"].get(name)
+        quantizer: FakeQuant | None = self.__dict__["_modules"].get(f"{name}_fake_quant")
+        if old is None or old is value or quantizer is None or not quantizer.initialized:
+            return
+        if self.__dict__.get("_is_loading") or is_sharded(old) or is_sharded(value):
+            return
+        wanted = (
+            "the Parameter whose range its quantizer has (write other values with copy_; tie weights before "
+            "fastqat.prepare; call fastqat.remove(model, keep='quantized') before layers are fused)"
+        )
+        checks.fail(ValueError, f"{name} of layer {quantizer.layer_name or '?'!r}", wanted, "another Parameter")
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # of the layer
         self._follow_weights()  # here: a forward that is compiled cannot
@@ -69,11 +94,15 @@ class QuantizedLayer:
         for other in (self.activation_fake_quant, self.gradient_fake_quant):
             if other is not None:
                 other.expect_range(any(came.values()))
-        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[misc]
+        self.__dict__["_is_loading"] = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[misc]
+        finally:
+            self.__dict__.pop("_is_loading")
         self._follow_weights()  # load_state_dict(assign=True) makes other Parameters
 
     def _follow_weights(self) -> None:
-        """Advance the time of the quantizers with the optimizer of the Parameters that there are now."""
+        """Advance the time of the quantizers with the Parameters that there are now, where no model's clock does."""
         parameters: dict[str, nn.Parameter | None] = self._parameters  # type: ignore[attr-defined]
         weights = {name: weight for name in self.weight_names if (weight := parameters.get(name)) is not None}
         for name, quantizer in self.weight_quantizers().items():
@@ -150,7 +179,7 @@ class QuantizedLayer:
         return self.activation_fake_quant(x, **options)
 
     def _share_time(self, quantizer: FakeQuant | GradientFakeQuant) -> None:
-        """Let its time be that of the weight; a copy of the layer learns here of its own."""
+        """Let its time be that of the weight, where no model's clock says it: a copied layer learns here of its own."""
         weight = next((w for name in self.weight_names if (w := getattr(self, name)) is not None), None)
         if isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling():
             quantizer.follows(weight)
@@ -234,7 +263,7 @@ class _TransposedConvolution(QuantizedLayer):
 
         A view where groups is 1, or where the length that the groups split is groups.
         """
-        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        return channels_first(weight, GROUPED, groups)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """x: [N, in_channels, *size] or [in_channels, *size] -> [N, out_channels, *size'] or [out_channels, *size'].

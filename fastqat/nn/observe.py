@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.own_forward import OwnForward
 from fastqat.nn.twins import original_class, torch_layer
 
 # Names of torch's functions and Tensor's methods, without the underscores around them.
@@ -44,6 +45,13 @@ def eagerly() -> contextlib.AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:  # nothing has imported the compiler: nothing is compiled
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+def run_inputs(model: nn.Module, example_inputs: Any) -> object:
+    """Run a model on example inputs: a tensor, positional arguments (tuple, list), or a mapping of keyword ones."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    return model(*([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs))
 
 
 def run_batch(model: nn.Module, batch: Any) -> object:
@@ -90,6 +98,39 @@ class Calls:
         self.count[module] += 1
 
 
+class RunningModules:
+    """The modules of a model whose forward is running, outermost first, while its ``with`` block runs.
+
+    Args:
+        model: whose modules are watched.
+
+    Attributes:
+        stack: the modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.stack: list[nn.Module] = []
+
+    def __enter__(self) -> RunningModules:
+        self.hooks = []
+        for module in self.model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks, and runs as a part of what holds it
+            self.hooks.append(module.register_forward_pre_hook(lambda m, _: self.stack.append(m)))
+            self.hooks.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _leave(self) -> None:
+        self.stack.pop()  # without a result: a hook's replaces the module's output
+
+
 class FloatOperations(TorchFunctionMode):
     """Counts sums and products of floating tensors that no layer with a twin computes, while its ``with`` block runs.
 
@@ -106,27 +147,18 @@ class FloatOperations(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.count: Counter[tuple[nn.Module, str]] = Counter()
-        self.model = model
-        self.running: list[nn.Module] = []
+        self.modules = RunningModules(model)
+        self.running = self.modules.stack
 
     def __enter__(self) -> FloatOperations:
-        self.hooks = []
-        for module in self.model.modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # takes no hooks, and runs as a part of what holds it
-            self.hooks.append(module.register_forward_pre_hook(lambda m, _: self.running.append(m)))
-            self.hooks.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
+        self.modules.__enter__()
         return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
-        for hook in self.hooks:
-            hook.remove()
-
-    def _leave(self) -> None:
-        self.running.pop()  # without a result: a hook's replaces the module's output
+        self.modules.__exit__(kind, error, trace)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -136,6 +168,7 @@ class FloatOperations(TorchFunctionMode):
         if self.running:
             module, name = self.running[-1], _operation(func, (*args, *kwargs.values()))
             own = name in _WITH_A_WEIGHT and torch_layer(original_class(module)) is not None
+            own = own or (isinstance(module, OwnForward) and name in _PRODUCTS)  # with its quantized weight
             if name is not None and not own and not isinstance(module, FakeQuant):
                 self.count[module, name] += 1
         return func(*args, **kwargs)

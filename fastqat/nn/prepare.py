@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -10,16 +10,22 @@ import torch
 from torch import nn
 
 from fastqat.multi_tensor import STATE
+from fastqat.nn.clock import ANCHOR, Anchor, ModelClock
+from fastqat.nn.coverage import check_coverage, least_share
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.following_weight import COMPUTED
 from fastqat.nn.fuse import KINDS, NOTE, FusedActivation, fuse, fusions, unfuse
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.masks import keep_as_torch
-from fastqat.nn.selection import Choice, Override, choose, names_of_modules
+from fastqat.nn.quantized_values import write_quantized_weights
+from fastqat.nn.selection import CHOICE, Choice, Override, choose, names_of_modules
+from fastqat.nn.sharded import is_sharded
 from fastqat.nn.spec import QConfig, QSpec
 from fastqat.nn.together import BUCKETS
 from fastqat.nn.tracking import Tracker
 from fastqat.nn.twins import (
     changed_since,
+    form_of_weight,
     guard_fused_kernels,
     is_twin,
     quantized_view,
@@ -31,7 +37,6 @@ from fastqat.nn.twins import (
 from fastqat.ops import checks
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # attribute that DistributedDataParallel looks for
-CHOICE = "fake_quant_choice"  # attribute of every layer that prepare decided on
 
 Quantizer = FakeQuant | GradientFakeQuant
 
@@ -43,26 +48,33 @@ def prepare(
     first_last_bits: int | None = None,
     overrides: Mapping[str, Override] | None = None,
     fuse_activations: bool = False,
+    coverage: str | float | None = "warn",
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Quantize weights and activations of the layers of a model, in place.
 
     Linear, Conv1d-3d, ConvTranspose1d-3d, Embedding (its table only) and MultiheadAttention (its projections) become
-    twins that keep their Parameter objects and state_dict keys; so do subclasses that compute as these do. Ranges of
-    the weights are set here (that of a weight of zeros once it has changed); those of the activations by
-    :func:`calibrate`, or by the first batch. A weight that two layers share has one quantizer, and so has the
-    activation of a layer that is called several times. Everything else stays in float: :func:`report` says what, and
-    why. Preparing again with the same arguments changes nothing.
+    twins that keep their Parameter objects and state_dict keys; so do their subclasses, with what their own forwards
+    hand to a product, and Conv1D of transformers. Ranges of the weights are set here (that of a weight of zeros once it
+    has changed); those of the activations by :func:`calibrate`, or by the first batch. A weight that two layers share
+    has one quantizer, and so has the activation of a layer that is called several times. Everything else stays in
+    float: :func:`report` says what, and why. Preparing again with the same arguments changes nothing.
 
     Args:
         model: any module.
         config: the quantizers of every layer.
-        first_last_bits: bit-width of the first and the last of these layers in order of registration, and of layers
-            that share their weights; None treats all alike.
+        first_last_bits: bit-width of the first and the last layer in order of registration, and of layers that share
+            their weights; one that stays in float passes them on to no other layer. None treats all alike.
         overrides: layer name or pattern (``fnmatch``) -> QConfig for the layers that it matches, options of QSpec that
             change both quantizers, or None, which leaves them in float. The last pattern that matches a layer decides.
         fuse_activations: a ReLU or ReLU6 module whose output goes into one quantized layer and nowhere else becomes an
             identity, and the quantizer of that layer's input computes it in the same pass: the same values and
             gradients, with one pass over memory less. Hooks added to the module later see what comes before it.
+        coverage: "warn" warns where less than 95 % of the multiplications, or of the parameters of two dimensions or
+            more, are quantized; a number in (0, 1] is the least share instead; "error" raises; None is silent. Layers
+            that overrides leave in float are not held against it.
+        example_inputs: as of :func:`report`; the model runs once with them, and its multiplications are counted.
+            Without them the parameters alone are looked at.
 
     Returns:
         The model.
@@ -70,22 +82,35 @@ def prepare(
     Raises:
         TypeError, ValueError: the model has no such layer, is prepared otherwise already, or is data-parallel; a
             pattern matches no layer; an option is wrong, or does not fit a layer; two layers want different quantizers
-            for one weight. The message names it, and the model is as it was.
+            for one weight; coverage="error", and less is quantized. The message names it, and the model is as it was.
+
+    Warns:
+        UserWarning: too little is quantized (the message names the share, and the largest kinds left in float), or the
+            first or the last layer, which first_last_bits are meant for, stays in float.
     """
+    least_share(coverage)
     chosen = choose(model, config, first_last_bits, overrides)
     names = {module: found[0] for module, found in names_of_modules(model).items()}
     if any(is_twin(module) for module in model.modules()):
         _check_prepared_alike(chosen, names)
         _check_fused_alike(names, fuse_activations)
+        if coverage == "error":  # the warning was given
+            check_coverage(model, example_inputs, coverage)
         return model
     _check_not_parallel(names)
     configs = {layer: choice.config for layer, choice in chosen.items()}
     found = fusions(model, configs) if fuse_activations else {}
     configs.update({fusion.layer: fusion.config for fusion in found.values() if fusion.layer is not None})
-    made: dict[nn.Parameter, FakeQuant] = {}
-    quantizers = {layer: _quantizers_of(layer, names[layer], config, made) for layer, config in configs.items()}
+    made: dict[object, FakeQuant] = {}
+    clock = ModelClock(model)
+    quantizers = {layer: _quantizers_of(layer, names[layer], config, made, clock) for layer, config in configs.items()}
     for number, quantizer in enumerate(_distinct(quantizers)):
         quantizer.tensor_id = number
+    for layer, of_layer in quantizers.items():
+        for tensor, made_here in of_layer.items():
+            if isinstance(made_here, FakeQuant):
+                made_here.layer_name = made_here.layer_name or names[layer]
+                made_here.is_of_weight = tensor != "activation"
     # All are made by now: a layer that cannot be quantized leaves the model as it was.
     try:
         for layer, choice in chosen.items():
@@ -97,9 +122,11 @@ def prepare(
                 _add(module, QConfig(None, None), {})  # its own forward would go past its projection
             guard_fused_kernels(module)
         fuse(found, names)
-    except BaseException:  # a class that cannot be changed, an attribute in the way
+        check_coverage(model, example_inputs, coverage)
+    except BaseException:  # a class that cannot be changed, an attribute in the way, too little that is quantized
         remove(model)
         raise
+    setattr(model, ANCHOR, Anchor(clock))
     _set_ignored(model, [*_ignored(model), *_tracked_buffers(model)])
     return model
 
@@ -138,8 +165,12 @@ def _check_fused_alike(names: dict[nn.Module, str], wanted: bool) -> None:
 
 
 def _check_not_parallel(names: dict[nn.Module, str]) -> None:
-    """DistributedDataParallel shares the gradients of the parameters that it finds when it wraps a module."""
+    """What shares gradients, or shards parameters, does so with those that it finds when it is applied."""
     for module, name in names.items():
+        sharded = next((p for p, value in module.named_parameters(name, recurse=False) if is_sharded(value)), None)
+        if sharded is not None:
+            wanted = "a model to shard after it is prepared"
+            checks.fail(ValueError, "model", wanted, f"the parameter {sharded!r} sharded already")
         if isinstance(module, nn.parallel.DistributedDataParallel):
             got = f"DistributedDataParallel at {name!r}" if name else "DistributedDataParallel"
             checks.fail(ValueError, "model", "one to wrap after it is prepared", got)
@@ -152,18 +183,20 @@ def _distinct(quantizers: Mapping[nn.Module, Mapping[str, Quantizer | None]]) ->
 
 
 def _quantizers_of(
-    layer: nn.Module, name: str, config: QConfig | None, made: dict[nn.Parameter, FakeQuant]
+    layer: nn.Module, name: str, config: QConfig | None, made: dict[object, FakeQuant], clock: ModelClock
 ) -> dict[str, Quantizer | None]:
     """Quantizers of a layer by the name of what they quantize; those of weights are made once and kept in made."""
     if config is None:
         return {}
     weights = {weight_name: getattr(layer, weight_name) for weight_name in weight_names(layer)}
     first = next(iter(weights.values()))
+    # What a forward computes of a weight is a tensor of that layer alone.
+    keys: dict[str, object] = {n: (layer, w) if form_of_weight(layer) == COMPUTED else w for n, w in weights.items()}
     try:
-        for weight in weights.values():
-            if config.weight is not None and weight not in made:
-                made[weight] = _of_weight(layer, weight, config.weight)
-                made[weight].layer_name = name
+        for weight_name, weight in weights.items():
+            if config.weight is not None and keys[weight_name] not in made:
+                made[keys[weight_name]] = _of_weight(layer, weight, config.weight, clock)
+                made[keys[weight_name]].layer_name = name
         activation = None if config.activation is None else _build(config.activation, first.device)
         gradient = None if config.gradient is None else GradientFakeQuant(config.gradient, name, first.device)
     except (TypeError, ValueError) as error:
@@ -172,15 +205,16 @@ def _quantizers_of(
         activation.layer_name = name
     for other in (activation, gradient):
         if other is not None:
-            other.follows(first)
-    quantized = {name: made[w] if config.weight is not None else None for name, w in weights.items()}
+            other.join(clock)
+    quantized = {n: made[key] if config.weight is not None else None for n, key in keys.items()}
     return {**quantized, "activation": activation, "gradient": gradient}
 
 
-def _of_weight(layer: nn.Module, weight: nn.Parameter, spec: QSpec) -> FakeQuant:
+def _of_weight(layer: nn.Module, weight: nn.Parameter, spec: QSpec, clock: ModelClock) -> FakeQuant:
     quantizer = _build(spec, weight.device)
-    quantizer.right_inverse(quantized_view(layer, weight))
-    quantizer.follows(weight)
+    quantizer.join(clock)  # first: else it would follow the weight
+    if form_of_weight(layer) is not None:  # else its first forward says what is quantized
+        quantizer.right_inverse(quantized_view(layer, weight))
     return quantizer
 
 
@@ -202,22 +236,26 @@ def _quantizer_names(layer: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
+def remove(model: nn.Module, *, keep: str = "float", example_inputs: Any = None) -> nn.Module:
     """Undo :func:`prepare`, in place: the layers get their classes back, and lose their quantizers.
 
     A model without quantized layers stays as it is, and so does a FakeQuant that ``prepare`` did not make.
 
     Args:
         model: any module.
-        keep: "float" leaves the weights as they are; "quantized" writes into each the value that its quantizer gives.
-            A layer that was left in float and shares a quantized weight gets that value too.
+        keep: "float" leaves the weights as they are; "quantized" writes into each the value that its quantizer gives in
+            evaluation, where that is what all that read the weight were given.
+        example_inputs: as of :func:`report`, for keep="quantized": the model runs once, and a function that reads a
+            quantized weight past its quantizer, like ``F.linear(h, emb.weight)``, is found. Without them it is not.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: keep is something else, or a layer was parametrized after it was prepared; the message names it,
-            and the model is as it was.
+        ValueError: keep is something else, or a layer was parametrized after it was prepared. With keep="quantized"
+            also: a hook computes the weight of a layer (pruning, weight norm, spectral norm); two quantizers share a
+            weight that was tied after ``prepare``; a module that is left in float holds a quantized weight too, or a
+            function reads it. The message names it, and the model is as it was.
     """
     checks.choice("keep", keep, ("float", "quantized"))
     twins = {module: name for name, module in model.named_modules() if is_twin(module)}
@@ -225,11 +263,12 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
         if changed_since(twin):
             checks.fail(ValueError, f"layer {name!r}", "the class that prepare gave it", type(twin).__name__)
     if keep == "quantized":
-        _write_quantized_weights(twins)
+        write_quantized_weights(model, example_inputs)
     tracked = set(_tracked_buffers(model))
     _set_ignored(model, [name for name in _ignored(model) if name not in tracked])
     for module in list(model.modules()):
         module.__dict__.pop(CHOICE, None)
+        module.__dict__.pop(ANCHOR, None)
         unfuse(module)
         keep_as_torch(module)
         buckets = module.__dict__.pop(BUCKETS, None)
@@ -241,20 +280,6 @@ def remove(model: nn.Module, *, keep: str = "float") -> nn.Module:
             module.__dict__.pop("activation_on", None)
         to_original(module)
     return model
-
-
-def _write_quantized_weights(twins: Iterable[Any]) -> None:
-    """Replace each quantized weight by its value, one that layers share once: not all quantizers leave it as it is."""
-    written: set[int] = set()
-    for twin in twins:
-        for name, quantizer in twin.weight_quantizers().items():
-            weight = getattr(twin, name)
-            if id(weight) in written:
-                continue
-            written.add(id(weight))
-            quantizer.eval()  # the range stays where it is
-            # The view may be a copy: the move of the channels is its own inverse.
-            weight.copy_(quantized_view(twin, quantizer(quantized_view(twin, weight))))
 
 
 class fake_quant_enabled:  # a function to its users, who may write `with` before it

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from fastqat import functional, ranges
 from fastqat.nn.copied import refuse_copy
 from fastqat.nn.following import FollowingRange
+from fastqat.nn.growing import Growth
+from fastqat.nn.sharded import write_parameter
 from fastqat.nn.spec import code_range
 from fastqat.ops import checks
 
@@ -30,6 +32,7 @@ class RangedQuantizer(FollowingRange):
     """Base of :class:`fastqat.FakeQuant`: the parameters of its grid, and what sets them."""
 
     offset: nn.Parameter | None
+    growth: Growth | None
     layer_name: str | None
     _warned_of_no_range: bool
     _bits: int
@@ -49,6 +52,9 @@ class RangedQuantizer(FollowingRange):
         self._estimators: dict[bool, ranges.Estimator] = {}  # signed -> of its codes, while calibrating
         self._calibrating = self._once = False
         self._warned_of_no_range = False
+        self.growth = None
+        self.growing = False  # True while the range follows a weight that began at zero
+        self._began_at_zero = False  # True where a weight was seen that is zero all over, and nothing else since
 
     @property
     def codes(self) -> tuple[int, int]:
@@ -166,14 +172,17 @@ class RangedQuantizer(FollowingRange):
             self.materialize(tuple(scale.shape), self.qrange.device)
         if scale.shape != self.scale.shape:
             checks.fail(ValueError, "scale", f"shape {list(self.scale.shape)}", list(scale.shape))
-        self.scale.copy_(scale)
+        write_parameter(self.scale, scale)
         if self.zero_point is not None and zero_point is not None:
-            self.zero_point.copy_(zero_point)
+            write_parameter(self.zero_point, zero_point)
         if self.offset is not None and zero_point is not None:
-            self.offset.copy_(-scale * zero_point)
+            write_parameter(self.offset, -scale * zero_point)
         if self.range_low is not None:
             self._begin_range(*self._bounds_of(scale, zero_point))
         self.initialized = True
+        if self.growth is not None:  # a range by hand, or of a calibration, is the user's
+            self.growing = False
+            self.growth.growing.zero_()
 
     def _bounds_of(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         """The range that this grid is made of, from which a range that follows the data goes on."""
@@ -282,8 +291,13 @@ class RangedQuantizer(FollowingRange):
     def _take_shape(self, x: Tensor) -> None:
         self.materialize(checks.scale_shape(x, checks.normalized_axis(x, self.axis), self.group_size), x.device)
 
-    def _initialize(self, x: Tensor) -> None:
-        """Set the range from the first tensor that has a finite value other than 0: zeros say nothing of the scale."""
+    def _initialize(self, x: Tensor, of_weight: bool = False) -> None:
+        """Set the range from the first tensor that has a finite value other than 0: zeros say nothing of the scale.
+
+        Args:
+            x: the tensor.
+            of_weight: what is zero now in a weight is learned later: its range grows until it has settled.
+        """
         if not torch.compiler.is_compiling() and self._adopt():
             return
         if self.range == "in_hindsight" and not self.training:
@@ -302,12 +316,50 @@ class RangedQuantizer(FollowingRange):
         low, high = self.merge_ranks(*functional.minmax(x))
         extremes = torch.stack([low, high])
         if not (extremes.isfinite() & (extremes != 0)).any():
+            self._began_at_zero = of_weight
             return
         if not self.training:
             self._refuse_written()
         self.begin_calibration(once=True)
         self._observe(extremes if self.sync_range else x)
         self.end_calibration()
+        if of_weight and self.range_low is None:
+            self._begin_growth(x)
+
+    @torch.no_grad()
+    def _begin_growth(self, x: Tensor) -> None:
+        """From now on let the range of the channels grow that are zero, or were; x is the weight."""
+        low, high = self._extremes(x)
+        was_zero = (low == 0) & (high == 0)
+        if self._began_at_zero:
+            was_zero.fill_(True)
+            if self._sign_from_data and not self.signed:  # a first update is not all that the weight will be
+                self.signed = True
+                self._write_codes()
+        self._began_at_zero = False
+        if bool(was_zero.any()):
+            self.growth = Growth(tuple(self.scale.shape), self.scale.device)
+            self.growth.growing.copy_(was_zero)
+            self.growing = True
+            self._grow(x)
+
+    def _grow(self, x: Tensor) -> None:
+        """Give the growing channels the range of the weight x."""
+        if self.growth is not None and not torch._C._are_functorch_transforms_active():
+            self.growth.observe(*self._extremes(x))
+            self.growth.write(self)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        growing = state_dict.get(prefix + "growth.growing")
+        if growing is not None and self.growth is None:
+            self.growth = Growth(tuple(growing.shape), self.qrange.device)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        if prefix + "scale" in state_dict:  # a network without growth has none to go on with
+            self.growing = growing is not None and bool(growing.any())
+            if growing is None and self.growth is not None:
+                self.growth.growing.zero_()
+        elif not self.initialized:
+            self._began_at_zero = False  # the weight may be another one
 
     def _adopt(self) -> bool:
         """Take a range that something else has written into the scale, as a load would; True if there is one."""

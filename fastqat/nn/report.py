@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
+from fastqat.nn.coverage import Coverage, reasons_in_float
+from fastqat.nn.coverage import coverage as coverage_of
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.fuse import NOTE, FusedActivation
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.layers import QuantizedLayer
-from fastqat.nn.observe import Calls, FloatOperations, eagerly, evaluating, nothing_changes
-from fastqat.nn.prepare import CHOICE
-from fastqat.nn.selection import candidates, names_of_modules
+from fastqat.nn.observe import Calls, FloatOperations, eagerly, evaluating, nothing_changes, run_inputs
+from fastqat.nn.past import PastRead, past_reads
+from fastqat.nn.scales import count_at_floor
+from fastqat.nn.selection import CHOICE, names_of_modules
 from fastqat.nn.table import collapsed, table
 from fastqat.nn.twins import original_class
 
@@ -34,6 +36,7 @@ class QuantizerRow:
         shared_with: other layers that use the same quantizer.
         note: what decided it, beside the configuration.
         runs: its calls with the example inputs; None without them. A shared one is called for each of its layers.
+        at_floor: scales that are not above eps, see :func:`fastqat.scales_at_floor`.
     """
 
     layer: str
@@ -52,6 +55,7 @@ class QuantizerRow:
     shared_with: tuple[str, ...]
     note: str
     runs: int | None
+    at_floor: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Report:
         operations: what runs in float between layers; None without example inputs.
         quantized_parameters, parameters: how many numbers have a quantizer, and how many there are.
         activations: what has become of each ReLU and ReLU6 where ``prepare`` was asked to fuse them.
+        coverage: the share that is quantized, and the kinds that are not.
+        past: what reads a quantized weight past its quantizer. Without example inputs: what else holds it.
     """
 
     quantizers: tuple[QuantizerRow, ...]
@@ -102,17 +108,35 @@ class Report:
     quantized_parameters: int
     parameters: int
     activations: tuple[ActivationRow, ...] = ()
+    coverage: Coverage = Coverage(0.0, None, ())
+    past: tuple[PastRead, ...] = ()
+
+    @property
+    def widths(self) -> str:
+        """Bit-widths as in "W4A8", where all weights and all activations share one each; else nothing."""
+        weights = {row.bits for row in self.quantizers if row.tensor.endswith("weight")}
+        activations = {row.bits for row in self.quantizers if row.tensor in ("input", "output")}
+        if len(weights) > 1 or len(activations) > 1:
+            return ""
+        return "".join(f"{letter}{n}" for letter, bits in (("W", weights), ("A", activations)) for n in bits)
 
     @property
     def never_ran(self) -> tuple[QuantizerRow, ...]:
         """The quantizers that the example inputs did not reach: something goes past their layer."""
         return tuple(row for row in self.quantizers if row.runs == 0)
 
+    def _at_floor(self) -> str:
+        low = [row for row in self.quantizers if row.at_floor]
+        return ", ".join(f"{row.at_floor} of {row.scales} in {row.layer or '(model)'} ({row.tensor})" for row in low)
+
     def __str__(self) -> str:
         layers = len({row.layer for row in self.quantizers})
         share = f"{self.quantized_parameters:,} of {self.parameters:,} parameters"
-        parts = [f"Quantized: {layers} layers, {len(self.quantizers)} quantizers, {share}"]
+        of = f"{self.widths} of {self.coverage}" if self.widths else str(self.coverage)
+        parts = [f"Quantized: {layers} layers, {len(self.quantizers)} quantizers, {share}; {of}"]
         parts.append(_quantizer_table(self.quantizers))
+        if any(row.at_floor for row in self.quantizers):
+            parts.append(f"SCALES AT THEIR FLOOR: {self._at_floor()}: what they quantize is 0 or next to it.")
         if self.activations:
             fused = sum(bool(row.layer) for row in self.activations)
             parts.append(f"Fused into the quantizer behind: {fused} of {len(self.activations)} ReLU and ReLU6")
@@ -132,15 +156,20 @@ class Report:
             parts.append(table(("in", "kind", "operation", "calls"), collapsed(rows)))
             lost = "".join(f"\n  {row.layer or '(model)'}: {row.tensor}" for row in self.never_ran)
             parts.append(f"NEVER RAN with these inputs:{lost}" if lost else "Every quantizer ran with these inputs.")
+        if self.past:
+            past = [(p.module, p.kind, p.parameter, p.operation, p.calls) for p in self.past]
+            found = table(("module", "kind", "parameter", "operation", "calls"), past)
+            parts.append(f"READ PAST ITS QUANTIZER, in float:\n{found}")
         return "\n\n".join(part for part in parts if part)
 
 
 def report(model: nn.Module, example_inputs: Any = None) -> Report:
     """Say what of a model is quantized and how, and what was left in float and why.
 
-    With example inputs the model runs once, eagerly, in evaluation mode, without gradients and without any change to
-    it. Only then can the report say whether each quantizer runs (a module may use the weight of a layer and never call
-    it), and which sums and products of tensors stay in float.
+    With example inputs the model runs three times, eagerly, in evaluation mode, without gradients and without any
+    change to it. Only then can the report say whether each quantizer runs (a module may use the weight of a layer and
+    never call it), which share of the multiplications is quantized, which sums and products of tensors stay in float,
+    and what reads a quantized weight past its quantizer.
 
     Args:
         model: any module, prepared or not.
@@ -152,7 +181,7 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
     if example_inputs is not None:
         operations = FloatOperations(model)
         with evaluating(model), eagerly(), nothing_changes(quantizers), calls, operations:
-            _run(model, example_inputs)
+            run_inputs(model, example_inputs)
     runs = calls.count if operations is not None else {}
     rows = tuple(_quantizer_rows(names, runs))
     quantized = {id(w): w for m in names if isinstance(m, QuantizedLayer) for w in m.quantized_parameters()}
@@ -164,13 +193,9 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
         sum(w.numel() for w in quantized.values()),
         sum(0 if is_lazy(p) else p.numel() for p in parameters.values()),
         tuple(_activation_rows(names)),
+        coverage_of(model, example_inputs),
+        past_reads(model, example_inputs),
     )
-
-
-def _run(model: nn.Module, example_inputs: Any) -> object:
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(*([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs))
 
 
 def _activation_rows(names: dict[nn.Module, list[str]]) -> Iterator[ActivationRow]:
@@ -201,6 +226,7 @@ def _quantizer_row(
     choice = getattr(module, CHOICE, None)
     after = f"with {q.activation}" if q.activation else ""
     known = q.initialized or q.signed is not None or q.restricted or not q.symmetric
+    low, growing = count_at_floor(q), "grows from zero" if getattr(q, "growing", False) else ""
     also = f"also {', '.join(names[1:])}" if len(names) > 1 and module is not q else ""
     return QuantizerRow(
         layer=names[0],
@@ -217,28 +243,17 @@ def _quantizer_row(
         scales=None if is_lazy(q.scale) else q.scale.numel(),
         initialized=q.initialized,
         shared_with=tuple(name for name in users if name != names[0]),
-        note="; ".join(filter(None, (choice.note if choice else "", after, also))),
+        note="; ".join(filter(None, (choice.note if choice else "", after, also, growing))),
         runs=runs.get(q),
+        at_floor=low,
     )
 
 
 def _float_rows(model: nn.Module, names: dict[nn.Module, list[str]]) -> list[FloatRow]:
-    layers, refused = candidates(model)
-    able, rows = set(layers), []
-    for module, found in names.items():
-        own = [p for p in module.parameters(recurse=False)]
-        quantized = isinstance(module, QuantizedLayer) and any(True for _ in module.quantizers())
-        if not own or quantized or isinstance(module, (FakeQuant, ParametrizationList)):
-            continue
-        choice = getattr(module, CHOICE, None)
-        if module in refused:
-            reason = refused[module]
-        elif module not in able:
-            reason = "no quantized twin: " + ", ".join(name for name, _ in module.named_parameters(recurse=False))
-        else:
-            reason = choice.note if choice else "not prepared"
-        count = sum(0 if is_lazy(p) else p.numel() for p in own)
-        rows.append(FloatRow(found[0], original_class(module).__name__, count, reason))
+    rows = []
+    for module, reason in reasons_in_float(model).items():
+        count = sum(0 if is_lazy(p) else p.numel() for p in module.parameters(recurse=False))
+        rows.append(FloatRow(names[module][0], original_class(module).__name__, count, reason))
     return rows
 
 

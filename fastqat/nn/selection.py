@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
+from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.following_weight import COMPUTED
+from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.spec import WEIGHT_OPTIONS, QConfig, QSpec
 from fastqat.nn.twins import (
     TWINS,
+    form_of_weight,
     layout,
     original_class,
     torch_layer,
@@ -24,6 +31,7 @@ from fastqat.nn.twins import (
 from fastqat.ops import checks
 
 Override = QConfig | Mapping[str, Any] | None
+CHOICE = "fake_quant_choice"  # attribute of every layer that prepare decided on
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def choose(
         if lazy:
             got = "one without values: run the model once, or move it off the meta device"
             checks.fail(ValueError, f"layer {names[layer][0]!r}", f"a {lazy} to quantize", got)
-    edges = _edges(layers, first_last_bits)
+    edges = _edges(model, layers, refused, first_last_bits)
     chosen = {layer: _choice(layer, config, first_last_bits, edges.get(layer, "")) for layer in layers}
     for pattern, override in (overrides or {}).items():
         matched = [layer for layer in layers if any(fnmatchcase(name, pattern) for name in names[layer])]
@@ -87,21 +95,63 @@ def choose(
             base = _choice(layer, config, first_last_bits, edges.get(layer, ""))
             chosen[layer] = _overridden(layer, base, pattern, override)
     _check_shared_weights(chosen, names)
-    return chosen
+    return {layer: _with_note_of_form(layer, choice) for layer, choice in chosen.items()}
 
 
-def _edges(layers: list[nn.Module], first_last_bits: int | None) -> dict[nn.Module, str]:
-    """The first and the last layer, and those that share their weights."""
+def _with_note_of_form(layer: nn.Module, choice: Choice) -> Choice:
+    if choice.config is None or choice.config.weight is None or form_of_weight(layer) != COMPUTED:
+        return choice
+    return replace(choice, note="; ".join(filter(None, (choice.note, "what its forward makes of its weight"))))
+
+
+def _edges(
+    model: nn.Module, layers: list[nn.Module], refused: Mapping[nn.Module, str], first_last_bits: int | None
+) -> dict[nn.Module, str]:
+    """The first and the last layer, and those that share their weights; none for an end that stays in float."""
     if first_last_bits is None:
         return {}
     checks.bit_width(first_last_bits)
-    edges = {layers[-1]: "last layer", layers[0]: "first layer"}
+    able = set(layers)
+    weighted = [m for m in model.modules() if m in able or m in refused or _is_other_layer(m)]
+    ends = {"last": weighted[-1], "first": weighted[0]}
+    edges = {layer: f"{end} layer" for end, layer in ends.items() if layer in able}
+    _warn_of_float_ends(model, {end: layer for end, layer in ends.items() if layer not in able}, refused)
     for edge, note in list(edges.items()):
         weights = {id(getattr(edge, name)) for name in weight_names(edge)}
         for layer in layers:
             if any(id(getattr(layer, name)) in weights for name in weight_names(layer)):
                 edges.setdefault(layer, f"weight of the {note}")
     return edges
+
+
+def _is_other_layer(module: nn.Module) -> bool:
+    """True for a module that computes with a weight of its own, as far as can be seen, and has no twin.
+
+    Not a norm, and not one that holds layers: what that owns itself are tokens and positions.
+    """
+    if (
+        isinstance(module, (FakeQuant, GradientFakeQuant, ParametrizationList))
+        or "norm" in type(module).__name__.lower()
+    ):
+        return False
+    if any(torch_layer(original_class(m)) is not None for m in module.modules()):
+        return False
+    own = module.parameters(recurse=False)
+    return any(p.is_floating_point() and p.dim() > 1 and min(p.shape[:2]) > 1 for p in own if not is_lazy(p))
+
+
+def _warn_of_float_ends(model: nn.Module, ends: Mapping[str, nn.Module], refused: Mapping[nn.Module, str]) -> None:
+    names = names_of_modules(model)
+    said = [
+        f"the {end} layer {names[m][0]!r} stays in float ({refused.get(m, 'no quantized twin')})"
+        for end, m in ends.items()
+    ]
+    if said:
+        warnings.warn(
+            f"first_last_bits: {', and '.join(reversed(said))}; no other layer gets these bits in its place. Name "
+            "layers that shall have them with overrides",
+            stacklevel=5,  # of the caller of prepare
+        )
 
 
 def _choice(layer: nn.Module, config: QConfig, first_last_bits: int | None, edge: str) -> Choice:
@@ -163,7 +213,7 @@ def _check_shared_weights(chosen: dict[nn.Module, Choice], names: dict[nn.Module
     seen: dict[int, tuple[str, QSpec, object]] = {}
     for layer, choice in chosen.items():
         spec = None if choice.config is None else choice.config.weight
-        if spec is None:
+        if spec is None or form_of_weight(layer) == COMPUTED:  # that is a tensor of its own
             continue
         name, where = names[layer][0], layout(layer)
         for weight_name in weight_names(layer):

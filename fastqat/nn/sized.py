@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any, NamedTuple
 
@@ -98,6 +99,13 @@ class SizedQuantizer(RangedQuantizer):
             self.tracker.lowest = other.tracker.lowest
         self.signed, self.eps, self.initialized = other.signed, other.eps, other.initialized
         self.fake_quant_enabled = other.fake_quant_enabled
+        self.growing = other.growing
+        if other.growth is None:
+            self.growth = None
+        else:
+            if self.growth is None:
+                self.growth = copy.deepcopy(other.growth).to(self.qrange.device)
+            self.growth.count_from(other.growth)
 
     def _make_tracker(self) -> None:
         """A tracker without a past, or none, as options and bits say."""

@@ -1,77 +1,84 @@
 """Time: a step is an optimizer step. Each quantizer counts its own on the device.
 
-The count of a quantizer advances when an optimizer that owns its weight has stepped, whatever runs in between:
+The count advances when the clock of a quantizer says so (see :mod:`fastqat.nn.clock`), whatever runs in between:
 evaluation, gradient accumulation, recomputation. Where no optimizer can be seen, :func:`step` does it by hand.
 """
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
-# weight -> the quantizers that its optimizer's steps advance
-_owned: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_hook: Any = None
+from fastqat.nn.clock import Clock, advance, clock_of_weight
 
 
 class Timed(nn.Module):
-    """A module with a step count, ``step``: int64 [1] on the device."""
+    """A module with a step count, ``step``: int64 [1] on the device.
+
+    Attributes:
+        clock: says when a step is made; the quantizers of a prepared model share it.
+        tracked: True once the steps of optimizers advance it.
+        by_hand: True once :func:`step` has advanced it: from then on no optimizer does.
+    """
 
     step: torch.Tensor
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
-        self._clock: weakref.ref | None = None
-        self.tracked = False  # True once the steps of a weight's optimizer advance this module
+        self.clock = Clock()
+        self.tracked = self.by_hand = False
+
+    def join(self, clock: Clock) -> None:
+        """Take part in a clock, instead of another one."""
+        self.clock.leave(self)
+        self.clock, self.tracked = clock, clock.is_automatic
+        clock.members.add(self)
 
     def follows(self, weight: nn.Parameter) -> None:
-        """Advance with every step of the optimizer that owns this weight, instead of another one."""
-        global _hook
-        if self._clock is not None and self._clock() is weight:
-            return
-        previous = self._clock() if self._clock is not None else None
-        if previous is not None:
-            _owned[previous].discard(self)
-        if _hook is None:
-            _hook = register_optimizer_step_post_hook(_advance_owned)
-        if weight not in _owned:
-            _owned[weight] = weakref.WeakSet()
-        _owned[weight].add(self)
-        self._clock = weakref.ref(weight)
-        self.tracked = True
+        """Advance with every step of the optimizer that owns this weight, unless a prepared model says when."""
+        if not self.clock.is_of(weight):
+            self.join(clock_of_weight(weight))
+
+    def needs_time(self) -> bool:
+        """True if something stands still where the time does."""
+        return False
+
+    def mark_forward(self) -> bool:
+        """Tell the clock of a forward pass in training, with gradients: the next step of an optimizer is a new one.
+
+        A compiled one leaves no mark: a graph may contain no such side effect where it is checkpointed.
+
+        Returns:
+            True if the clock wants to count it, by the tensor that comes out.
+        """
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            return False
+        if torch._C._current_graph_task_id() != -1:  # a backward pass that computes a forward again
+            return False
+        clock = self.clock
+        clock.ran = True
+        return clock.is_waiting
 
     def advanced(self) -> None:
         """Called after every step."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has weights of its own: it follows them from its first forward on.
-        return {**self.__dict__, "_clock": None, "tracked": False}
+        # A copy has a clock of its own: that of its model, or of the weight that it sees from its first forward on.
+        return {**self.__dict__, "clock": Clock(), "tracked": False, "by_hand": False}
 
-
-def _advance(modules: list[Timed]) -> None:
-    if modules:
-        with torch.no_grad():
-            torch._foreach_add_([m.step for m in modules], 1)
-        for module in modules:
-            module.advanced()
-
-
-def _advance_owned(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Hook that runs after the step of any optimizer."""
-    owned = {id(m): m for group in optimizer.param_groups for p in group["params"] for m in _owned.get(p, ())}
-    _advance(list(owned.values()))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"clock": Clock(), "by_hand": False, **state})  # older pickles have neither
 
 
 def step(target: nn.Module) -> None:
     """Advance the time of a quantizer, or of every quantizer in a model, by one optimizer step.
 
-    Not needed for weights that a ``torch.optim`` optimizer owns: its step does it.
+    Not needed for a model of which a ``torch.optim`` optimizer holds a parameter that it trains: its step does it.
+    Whoever calls this has taken over: from then on no optimizer's step advances these quantizers. The first call after
+    such a step, before anything ran, is for that step, and adds none: time never runs double.
 
     Args:
         target: a quantizer, or a module that contains some.
@@ -82,4 +89,7 @@ def step(target: nn.Module) -> None:
     modules = [m for m in target.modules() if isinstance(m, Timed)]
     if not modules:
         raise ValueError(f"target: wanted a module that contains quantizers; got {type(target).__name__} with none")
-    _advance(modules)
+    advance([m for m in modules if m.by_hand or not m.clock.was_just_moved])
+    for module in modules:
+        module.by_hand = True
+        module.clock.moved()

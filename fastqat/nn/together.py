@@ -65,9 +65,10 @@ def quantize_weights_together(model: nn.Module, bucket_bytes: int | None = None)
     """Quantize all weights of a prepared model in one call before each of its forward passes, and backward in one too.
 
     The results are those of quantizing them one by one, bit for bit. Weights whose range is not set yet, or is being
-    calibrated, are left to their layers, and so are those that a layer computes (parametrized, pruned) or may change
-    first (hooks before its forward pass, max_norm); so are all of them where a layer is called by itself. The weights
-    of a call have one graph: outputs that are taken backward one after the other need retain_graph=True.
+    calibrated, are left to their layers, and so are those that a layer computes (parametrized, pruned), that are whole
+    only while it runs (fully_shard), or that it may change first (hooks before its forward pass, max_norm); so are all
+    of them where a layer is called by itself. The weights of a call have one graph: outputs that are taken backward
+    one after the other need retain_graph=True.
 
     Args:
         model: a model that :func:`fastqat.prepare` has prepared; it is the one whose calls count.

@@ -17,6 +17,15 @@ from fastqat.ops import checks, words
 from fastqat.schedules import Schedule
 
 AGGREGATES = ("sum", "mean", "kernel_mean")
+# The last of the counts. It is odd and beyond 2^53, so that no average of it, in floats or in integers, is itself: it
+# shows where something has averaged integers, words among them.
+SEAL = 2**62 + 1
+_KEPT_DTYPES = {  # besides the words, as a file may hold them
+    "scaled_frequency": (torch.float32, torch.float64),
+    "scaled_average": (torch.float32, torch.float64),
+    "counts": (torch.int64,),
+    "clock": (torch.float64,),
+}
 
 
 @dataclass(frozen=True)
@@ -147,8 +156,8 @@ class Tracker(nn.Module):
         device: of the state.
 
     Attributes:
-        counts: int64 [4]: transitions, oscillations and frozen weights since the start, and transitions of the last
-            tracked step.
+        counts: int64 [5]: transitions, oscillations and frozen weights since the start, transitions of the last
+            tracked step, and SEAL.
     """
 
     words: Any  # Tensors, or None until the first weight is known; see the schema of multi_tensor_fake_quantize
@@ -201,7 +210,7 @@ class Tracker(nn.Module):
         self.words = torch.zeros_like(like, dtype=words.dtype_of(self._bits), device=device)
         self.scaled_frequency = torch.zeros_like(like, dtype=torch.float32, device=device)
         self.scaled_average = torch.zeros_like(like, dtype=torch.float32, device=device)
-        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self.counts = torch.tensor([0, 0, 0, 0, SEAL], device=device)
         self.clock = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64, device=device)
 
     def reset(self, bits: int) -> None:
@@ -218,6 +227,7 @@ class Tracker(nn.Module):
             return
         for name in STATE:
             getattr(self, name).zero_()
+        self.counts[4] = SEAL
         self.clock[0], self.clock[1] = 1.0, -1.0
 
     @property
@@ -232,8 +242,7 @@ class Tracker(nn.Module):
 
     def codes(self) -> Tensor:
         """Last codes, the frozen code where frozen: int32, like the weight."""
-        word = self._word()
-        return self.lowest + torch.where(word.pending, self.scaled_average.to(torch.int32), word.index)
+        return self.lowest + self._word().index
 
     def frozen(self) -> Tensor:
         """Which weights are frozen: bool, like the weight."""
@@ -281,20 +290,48 @@ class Tracker(nn.Module):
             wanted = f"all of {', '.join(STATE)}, or none"
             error_msgs.append(f"tracker {prefix.rstrip('.')!r}: wanted {wanted}; got none of {', '.join(absent)}")
             return
-        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        weight = shapes["words"]
-        own = weight if self.words is None else tuple(self.words.shape)
-        wanted_shapes = {name: own for name in STATE[:3]} | {"counts": (4,), "clock": (3,)}
-        wrong = [name for name in STATE if shapes[name] != wanted_shapes[name]]
-        wanted_dtype = words.dtype_of(self._bits)
-        if wrong or found["words"].dtype != wanted_dtype:
-            name = wrong[0] if wrong else "words"
-            wanted = f"{list(wanted_shapes[name])}" if wrong else f"{wanted_dtype} for {self._bits} bits"
-            got = f"{list(shapes[name])}" if wrong else f"{found['words'].dtype}"
-            error_msgs.append(f"tracker {prefix.rstrip('.')!r}, {name}: wanted {wanted}; got {got}")
+        fault = self._fault(found)
+        if fault:
+            error_msgs.append(f"tracker {prefix.rstrip('.')!r}, {fault}")
             return
+        if len(found["counts"]) == 4:
+            state_dict = {**state_dict, **{prefix + name: tensor for name, tensor in _sealed(found).items()}}
         if self.words is None:
             self._allocate(found["words"], self._device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _fault(self, found: dict[str, Tensor]) -> str:
+        """Say what is wrong with a state that is to be loaded; nothing where it is right."""
+        own = tuple((found["words"] if self.words is None else self.words).shape)
+        wanted_shapes = {name: own for name in STATE[:3]} | {"counts": (5,), "clock": (3,)}
+        for name, shape in wanted_shapes.items():
+            came = tuple(found[name].shape)
+            if came != shape and (name, came) != ("counts", (4,)):  # four of them are of an older file
+                return f"{name}: wanted {list(shape)}; got {list(came)}"
+        wanted_dtype = words.dtype_of(self._bits)
+        if found["words"].dtype != wanted_dtype:
+            return f"words: wanted {wanted_dtype} for {self._bits} bits; got {found['words'].dtype}"
+        for name, dtypes in _KEPT_DTYPES.items():
+            if found[name].dtype not in dtypes:
+                return f"{name}: wanted {dtypes[0]}, as it was saved; got {found[name].dtype}"
+        counts = found["counts"]
+        if len(counts) == 5 and not counts.is_meta and int(counts[4]) != SEAL:
+            wanted = f"{SEAL} at its end, as it was saved"
+            return f"counts: wanted {wanted}; got {int(counts[4])}: integers were averaged; copy them instead"
+        return ""
+
+
+def _sealed(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state of four counts in the form of today.
+
+    There a pending weight had its frozen index in the place of the average, and the own one in its word.
+    """
+    word, average = words.unpacked(found["words"]), found["scaled_average"]
+    index = torch.where(word.pending, average.to(torch.int32), word.index)
+    return {
+        "words": words.packed(index, word.direction, word.frozen, found["words"].dtype),
+        "scaled_average": torch.where(word.pending, word.index.to(average.dtype), average),
+        "counts": torch.cat([found["counts"], found["counts"].new_tensor([SEAL])]),
+    }

@@ -4,6 +4,9 @@ An estimator replaces the derivative of rounding, 1 in the straight-through esti
 f = r - rint(r), level = code - z and the mask of the straight-through estimator::
 
     dx = g * E   inside, 0 outside            ds = sum g * (level - E * r)   inside, g * level outside
+
+E is the same float32 on every backend, but for that of the sigmoid: it is within 6 + 1.25 k units in the last place of
+float64 for slopes k up to 80, and within 1e-30 beyond.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Moment(NamedTuple):
     increment: Tensor  # float32: m * (1 - m)^-t
     previous_growth: Tensor  # float32: (1 - m)^-(t - 1)
     decay: Tensor  # float32: (1 - m)^t
-    previous_decay: Tensor  # float32: (1 - m)^(t - 1)
+    previous_decay: Tensor  # float64: (1 - m)^(t - 1)
 
 
 def moment(step: Tensor, clock: Tensor, momentum: float, threshold: Tensor) -> Moment:
@@ -71,7 +71,7 @@ def moment(step: Tensor, clock: Tensor, momentum: float, threshold: Tensor) -> M
         increment=(momentum * now).float(),
         previous_growth=before.float(),
         decay=(1.0 / now).float(),
-        previous_decay=(1.0 / before).float(),
+        previous_decay=1.0 / before,
     )
 
 
@@ -115,11 +115,12 @@ def multi_tensor_fake_quantize(
         level = reference.level(r, grid)
         if momenta[i]:
             state = (state_words[i], frequencies[i], averages[i], counts[i], clocks[i])
-            level = track(level, grid, state, momenta[i], bool(use_average[i]), thresholds[i], steps[i], advance)
+            rule = (momenta[i], bool(use_average[i]), thresholds[i])
+            level = track(level, grid, state, *rule, steps[i], advance, qranges[i])
         ys[i].copy_(reference.value(level, grid))
 
 
-def track(level, grid, state, momentum, use_average, threshold, step, advance):
+def track(level, grid, state, momentum, use_average, threshold, step, advance, qrange):
     """Levels with frozen weights at theirs; records what has changed, where `advance` says so.
 
     level: float32, NaN where x is; state: the five tensors of the schema.
@@ -132,39 +133,44 @@ def track(level, grid, state, momentum, use_average, threshold, step, advance):
     lowest = grid.low.expand_as(level)
     now = (torch.where(nan, lowest.clamp(min=0.0).minimum(grid.high), level) - lowest).to(torch.int32)
     held = (word.settled | (word.pending & at.acts)) & ~at.first
-    index = torch.where(held, torch.where(word.pending, average.to(torch.int32), word.index), now)
+    index = torch.where(held, word.index, now)
     if advance:
-        record(index, word, held, nan, at, use_average, threshold, state)
+        record(index, word, held, nan, at, use_average, threshold, state, qrange)
         moved = at.acts | at.first
         clock.copy_(torch.where(moved, torch.stack([at.growth, step[0].double(), threshold[0].double()]), clock))
     return torch.where(held & ~nan, lowest + index, level)
 
 
-def record(index, word, held, nan, at, use_average, threshold, state):
-    """One step of the state. index: int32, code - qmin in this step; held: at a frozen code."""
+def record(index, word, held, nan, at, use_average, threshold, state, qrange):
+    """One step of the state. index: int32, code - qmin in this step; held: at a frozen code.
+
+    A weight that is frozen here has its own code until the next step, where the frozen one, which its word has already,
+    is a change against it; the own one stands in the place of the average.
+    """
     state_words, frequency, average, counts, clock = state
     free = ~word.frozen
-    changed = (index != word.index) & ~nan & ~word.settled
-    way = torch.where(index > word.index, words.UP, words.DOWN)
+    last = torch.where(word.pending, average, word.index.float())
+    changed = (index != last) & ~nan & ~word.settled
+    way = torch.where(index > last, words.UP, words.DOWN)
     oscillates = changed & (word.direction != words.NONE) & (way != word.direction)
 
     rescaled = frequency * at.rescale
     f = torch.where(oscillates, rescaled + at.increment, rescaled)
     a = torch.where(free, average * at.rescale, average)
-    current = index.float()
-    mean = (word.index.float() + a * at.previous_decay).round()
-    candidate = torch.where(at.activates, current, mean) if use_average else current
+    mean = frozen_index(word.index, a.double() * at.previous_decay, qrange)
+    frozen = torch.where(at.activates, index, mean) if use_average else index
     limit = threshold[0]  # 0-dim: a weight of one number may have no dimension either
     due = (changed | at.sweeps) & (limit > 0) & (f * at.decay > limit)
     freezes = due & free & ~nan
     moved = torch.where(changed, a + (word.index - index).float() * at.previous_growth, a)
     moved = torch.where(at.activates, 0.0, moved)
-    a = torch.where(freezes, candidate, torch.where(free, moved, a))
+    a = torch.where(freezes, index.float(), torch.where(free, moved, a))
 
     direction = torch.where(held & ~nan, words.NONE, torch.where(changed, way, word.direction))
-    new_index = torch.where(nan, word.index, index)
+    new_index = torch.where(nan, word.index, torch.where(freezes, frozen, index))
     new_words = words.packed(new_index, direction, word.frozen | freezes, state_words.dtype)
     events = torch.stack([changed.sum(), oscillates.sum(), freezes.sum(), changed.sum()])
+    counts = counts[:4]  # the fifth is the caller's own
     kept = counts * counts.new_tensor([1, 1, 1, 0])
 
     first_words = words.packed(index, torch.zeros_like(index), torch.zeros_like(free), state_words.dtype)
@@ -175,6 +181,18 @@ def record(index, word, held, nan, at, use_average, threshold, state):
         (counts, kept + events, torch.zeros_like(counts)),
     ):
         tensor.copy_(torch.where(at.first, begin, torch.where(at.acts, later, tensor)))
+
+
+def frozen_index(index, deviation, qrange):
+    """The index of the code nearest to an average, of two the even code; no average, were it NaN, leaves the grid.
+
+    index: int32; deviation: float64, beside which a float32 code of 200 would keep no more than 2^-16.
+    """
+    low, high = qrange.double()
+    mean = low + index + deviation
+    mean = torch.where(mean > low, mean, low)
+    mean = torch.where(mean < high, mean, high)
+    return (mean.round() - low).to(torch.int32)
 
 
 def multi_tensor_fake_quantize_backward(
@@ -221,7 +239,7 @@ def multi_tensor_fake_quantize_backward(
         dx = torch.where(mask, g.float() * factor, 0.0)
         exact = level.double() * grid.scale.double()
         if dampenings[i].numel():
-            in_range = free & (t >= grid.scale * grid.low) & (t <= grid.scale * grid.high)
+            in_range = free & (t >= grid.scale * grid.low) & (t <= grid.scale * grid.high) & (dampenings[i][0] != 0)
             dx = dx + torch.where(in_range, dampenings[i][0] * (t.double() - exact).float(), 0.0)
         dxs[i].copy_(dx)
         if dscales[i].numel():

@@ -31,13 +31,19 @@ def grid_of(
     axis: int | None,
     eps: float,
 ) -> Grid:
-    """Clamp and round the grid's parameters and give them the shape that broadcasts against x."""
+    """Clamp and round the grid's parameters and give them the shape that broadcasts against x.
+
+    A zero point that is NaN makes the scale NaN: all values are, as where the scale itself is.
+    """
     shape = [1] * x.dim()
     if axis is not None:
         shape[axis] = x.shape[axis]
     qmin, qmax = qrange.float().unbind()
     scale = torch.where(scale < eps, eps, scale).view(shape)  # a NaN scale stays one
-    zero = torch.zeros_like(scale) if zero_point is None else zero_point.round().clamp(qmin, qmax).view(shape)
+    zero = torch.zeros_like(scale)
+    if zero_point is not None:
+        scale = torch.where(zero_point.isnan().view(shape), torch.nan, scale)
+        zero = torch.where(zero_point.isnan(), 0.0, zero_point).round().clamp(qmin, qmax).view(shape)
     return Grid(scale, zero, qmin - zero, qmax - zero, None if offset is None else offset.view(shape))
 
 

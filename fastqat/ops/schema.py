@@ -75,7 +75,8 @@ IN_PLACE_OPS: dict[str, str] = {
     #   thresholds  float32 [1], 0 freezes none; use_average: freezes at the code of the average, not at the current one
     #   words       uint8 (up to 5 bits) or int16, like x: code - qmin, last direction, frozen (fastqat/ops/words.py)
     #   frequencies, averages   float32, like x: f and (average - code), both times (1 - momentum)^-t
-    #   counts      int64 [4]: transitions, oscillations, frozen weights; transitions of the last tracked step
+    #   counts      int64 [5]: transitions, oscillations, frozen weights; transitions of the last tracked step; a
+    #               number that is the caller's own
     #   clocks      float64 [3]: (1 - momentum)^-t, the last tracked step (-1: none), its threshold
     "multi_tensor_fake_quantize": (
         f"multi_tensor_fake_quantize(Tensor[] xs, {GRIDS}, {NOISE}, float[] momenta, int[] use_average, "
@@ -84,7 +85,8 @@ IN_PLACE_OPS: dict[str, str] = {
     ),
     # Gradients of it from one pass over (g, x, words). An empty dscale or dshift asks for none.
     #   estimators  see fastqat/ops/estimators.py; strengths: float32 [1]
-    #   dampenings  float32 [1]: k, which adds k * (x - y) to dx where x lies in the range and is not frozen
+    #   dampenings  float32 [1]: k, which adds k * (x - y) to dx where x lies in the range and is not frozen; 0 adds
+    #               nothing
     "multi_tensor_fake_quantize_backward": (
         f"multi_tensor_fake_quantize_backward(Tensor[] gs, Tensor[] xs, {GRIDS}, {NOISE}, int[] rounded_masks, "
         "int[] lsq_grad_scales, int[] estimators, Tensor[] strengths, Tensor[] dampenings, Tensor[] words, "

@@ -1,9 +1,10 @@
 """The word that oscillation tracking keeps per weight: one byte up to 5 bits, two bytes above.
 
 From the lowest bit on: the index of the last code (code - qmin; 5 bits of a byte, 8 of two), the direction of its last
-change (2 bits), and whether the weight is frozen (1 bit). A weight that was frozen in the current step keeps its
-direction until the next one: it is *pending*, still quantized as it is, and its frozen index stands in the place of its
-average. From then on it is *settled*: its index is the frozen one, and its direction NONE.
+change (2 bits), and whether the weight is frozen (1 bit). A frozen weight has the index of its frozen code: no float
+holds it, which something might average. One that was frozen in the current step keeps its direction until the next one:
+it is *pending*, still quantized as it is, and its own index, against which the jump to the frozen code is a change,
+stands in the place of its average. From then on it is *settled*: its direction is NONE.
 
 The compiled twin is ``csrc/oscillation.h``.
 """

@@ -31,7 +31,7 @@ def exp_of_minus(v):
 @triton.jit
 def sigmoid_peak(k):
     """(k/2) / tanh(k/2): the derivative of the sigmoid of slope k at a threshold."""
-    e = exp_of_minus(tl.minimum(k, 80.0))
+    e = exp_of_minus(tl.where(k < 80.0, k, 80.0))  # NaN too, which no integer holds
     series = 1.0 + k * k * (1.0 / 12.0) * (1.0 - k * k * (1.0 / 60.0))  # where 1 - e^-k has lost its digits
     return tl.where(k < 0.25, series, tl.div_rn(0.5 * k * (1.0 + e), 1.0 - e))
 
@@ -46,7 +46,8 @@ def estimator_factor(g, r, scale, strength, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == kSigmoid:
         # sech(v)^2 = 4 q / (1 + q)^2 with q = e^-2v
         v = 2.0 * strength * (0.5 - tl.abs(f))
-        q = exp_of_minus(tl.minimum(tl.maximum(v, 0.0), 80.0))
+        v = tl.where(v > 0.0, v, 0.0)  # NaN too, as x may be
+        q = exp_of_minus(tl.where(v < 80.0, v, 80.0))
         return tl.div_rn(sigmoid_peak(strength) * 4.0 * q, (1.0 + q) * (1.0 + q))
     else:
         tl.static_assert(ESTIMATOR == kPsg)

@@ -68,9 +68,14 @@ def is_fast_scale(scale):
 
 @triton.jit
 def make_channel(scale, eps, zero_point, offset, OFFSET: tl.constexpr, qmin, qmax):
-    """Channel of scale max(scale, eps) and zero point clamp(rint(zero_point), qmin, qmax)."""
+    """Channel of scale max(scale, eps) and zero point clamp(rint(zero_point), qmin, qmax); NaN where one of them is."""
     scale = tl.where(scale < eps, eps, scale).to(tl.float32)
-    zero = 0.0 if OFFSET else round_even(clamp(zero_point, qmin, qmax))  # the bounds are integers: same value
+    if OFFSET:
+        zero = 0.0
+    else:
+        has_zero = zero_point == zero_point
+        scale = tl.where(has_zero, scale, float("nan"))
+        zero = round_even(clamp(tl.where(has_zero, zero_point, 0.0), qmin, qmax))  # integer bounds: the same value
     low = qmin - zero
     high = qmax - zero
     shift = offset if OFFSET else zero
@@ -211,7 +216,7 @@ def fake_quantize_backward(
         free = extras.held != extras.held
         inside, in_range = inside & free, in_range & free
         lev = tl.where(free, lev, extras.held)
-    valid = tl.where(r == r, g, 0.0)
+    valid = tl.where(x == x, g, 0.0)
     passed = tl.where(inside, t, 0.0)
     unit = 1.0 if FAST else _gradient_unit(ch)
     dx = g
@@ -227,7 +232,9 @@ def fake_quantize_backward(
         slope = tl.where(inside, 0.0, slope)
     dx = tl.where(inside, dx, 0.0)
     if extras.dampening is not None:
-        dx = tl.where(in_range, dx + extras.dampening * tl.fma(-lev, ch.scale, t), dx)
+        distance = tl.where(r == r, tl.fma(-lev, ch.scale, t), float("nan"))  # Inf / Inf has no level
+        pull = tl.where(extras.dampening != 0.0, extras.dampening * distance, 0.0)
+        dx = tl.where(in_range, dx + pull, dx)
     return Gradient(dx, valid * slope, tl.where(inside, 0.0, valid))
 
 

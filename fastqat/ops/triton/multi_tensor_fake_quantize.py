@@ -68,11 +68,12 @@ def own_level(x, at, ch, step_ptr, seed, tensor_id, FAST: tl.constexpr, OFFSET: 
 
 
 @triton.jit
-def tracked_level(own, at, mask, ch, state, moment, events_ptr, USE_AVERAGE: tl.constexpr):
+def tracked_level(own, at, mask, ch, qrange_ptr, state, moment, events_ptr, USE_AVERAGE: tl.constexpr):
     """Levels of a tile with frozen weights at theirs; records what has changed where there are events to write.
 
-    own: float32 [rows, cols]; events_ptr: int32 [3], or None. Only words are read where nothing changes. Flags of the
-    moment meet those of elements in tl.where alone: the interpreter broadcasts a scalar comparison as a number.
+    own: float32 [rows, cols]; qrange_ptr: int32 [2]; events_ptr: int32 [3], or None. Only words are read where nothing
+    changes. Flags of the moment meet those of elements in tl.where alone: the interpreter broadcasts a scalar
+    comparison as a number.
     """
     word = tl.load(state.words + at, mask=mask, other=0)
     flags, last = oscillation.flags_of(word), ch.low + oscillation.index_of(word).to(tl.float32)
@@ -87,8 +88,9 @@ def tracked_level(own, at, mask, ch, state, moment, events_ptr, USE_AVERAGE: tl.
         frequency = tl.load(state.frequency + at, mask=visited, other=0.0)
         average = tl.load(state.average + at, mask=visited, other=0.0)
         weight = oscillation.Tracked(oscillation.index_of(word), flags, frequency, average)
+        qmin, qmax = tl.load(qrange_ptr).to(tl.float32), tl.load(qrange_ptr + 1).to(tl.float32)
         now = (tl.where(number, own, math.clamp(0.0, ch.low, ch.high)) - ch.low).to(tl.int32)
-        index, weight, event = oscillation.record(weight, now, number, moment, USE_AVERAGE)
+        index, weight, event = oscillation.record(weight, now, number, moment, qmin, qmax, USE_AVERAGE)
         lev = tl.where(held & visited, ch.low + index.to(tl.float32), lev)
         if events_ptr is not None:
             made = oscillation.make_word(weight.index, weight.flags, word.dtype)
@@ -137,13 +139,13 @@ def tracked_fake_quantize_kernel(
     if state is not None:
         moment = oscillation.moment(tl.load(step_ptr), state.clock, tl.load(state.threshold), MOMENTUM)
         events = None if events_ptr is None else events_ptr + 3 * tl.program_id(0)
-        lev = tracked_level(lev, at, mask, ch, state, moment, events, USE_AVERAGE)
+        lev = tracked_level(lev, at, mask, ch, grid.qrange, state, moment, events, USE_AVERAGE)
     layout.store_float(y_ptr + at, math.value(lev, ch, OFFSET), mask)
 
 
 @triton.jit
 def events_kernel(counts_ptr, clock_ptr, step_ptr, threshold_ptr, events_ptr, programs, MOMENTUM: tl.constexpr):
-    """Counts and clock of one step. counts: int64 [4]; clock: float64 [3]; events: int32 [programs, 3]."""
+    """Counts and clock of one step. counts: int64 [5]; clock: float64 [3]; events: int32 [programs, 3]."""
     step, threshold = tl.load(step_ptr), tl.load(threshold_ptr)
     at = oscillation.moment(step, clock_ptr, threshold, MOMENTUM)
     k = tl.arange(0, 4)[:, None]

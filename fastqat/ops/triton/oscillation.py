@@ -11,8 +11,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastqat.ops.triton.math import round_even
-
+# 1.5 * 2^52: adding and subtracting it rounds a float64 of at most 2^51 to an integer, ties to even.
+_ROUNDER = tl.constexpr(6755399441055744.0)
 kLargestGrowth = tl.constexpr(2.0**60)
 kNone, kUp, kDown = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # directions
 kSettled = tl.constexpr(4)  # flags of a weight that is at its frozen code; above: pending
@@ -96,12 +96,15 @@ def moment(step, clock_ptr, threshold, MOMENTUM: tl.constexpr):
         (tl.full((), MOMENTUM, tl.float64) * growth).to(tl.float32),
         before.to(tl.float32),
         (1.0 / growth).to(tl.float32),
-        (1.0 / before).to(tl.float32),
+        1.0 / before,
     )
 
 
 class Tracked(NamedTuple):
-    """A weight and its state, taken apart: int32, int32, float32, float32."""
+    """A weight and its state, taken apart: int32, int32, float32, float32.
+
+    While it is pending, `average` is the index of its own code in that step.
+    """
 
     index: tl.tensor
     flags: tl.tensor
@@ -118,18 +121,32 @@ class Event(NamedTuple):
 
 
 @triton.jit
-def record(weight, now, number, at, USE_AVERAGE: tl.constexpr):
+def frozen_index(index, deviation, qmin, qmax):
+    """The index of the code nearest to an average, of two the even code; for the rest see csrc/oscillation.h.
+
+    index: int32; deviation: float64; qmin, qmax: float32 scalars.
+    """
+    low, high = qmin.to(tl.float64), qmax.to(tl.float64)
+    mean = low + index.to(tl.float64) + deviation
+    mean = tl.where(mean > low, mean, low)
+    mean = tl.where(mean < high, mean, high)
+    return (((mean + _ROUNDER) - _ROUNDER) - low).to(tl.int32)
+
+
+@triton.jit
+def record(weight, now, number, at, qmin, qmax, USE_AVERAGE: tl.constexpr):
     """The index that a weight has in this step, its new state, and what is counted.
 
-    now: int32, index of its own code; number: it is no NaN. A weight that is frozen here keeps its own code until the
-    next step.
+    now: int32, index of its own code; number: it is no NaN. A weight that is frozen here has its own code until the
+    next step, where the frozen one, which its word has already, is a change against it.
     """
     free = weight.flags < kSettled
     pending = weight.flags > kSettled
     direction = weight.flags & 3
-    index = tl.where(free, now, tl.where(pending, weight.average.to(tl.int32), weight.index))
-    changes = number & (index != weight.index) & (free | pending)
-    way = tl.where(index > weight.index, kUp, kDown)
+    index = tl.where(free, now, weight.index)
+    last = tl.where(pending, weight.average, weight.index.to(tl.float32))
+    changes = number & (index.to(tl.float32) != last) & (free | pending)
+    way = tl.where(index.to(tl.float32) > last, kUp, kDown)
     oscillates = changes & (direction != kNone) & (way != direction)
     frequency = weight.frequency * at.rescale
     frequency = tl.where(oscillates, frequency + at.increment, frequency)
@@ -137,19 +154,19 @@ def record(weight, now, number, at, USE_AVERAGE: tl.constexpr):
     average = weight.average * at.rescale
     limit = tl.where(at.threshold > 0, at.threshold, float("inf"))
     due = free & number & tl.where(at.sweeps, True, changes) & (frequency * at.decay > limit)
-    candidate = index.to(tl.float32)
+    frozen = index
     if USE_AVERAGE:
-        mean = round_even(weight.index.to(tl.float32) + average * at.previous_decay)
-        candidate = tl.where(at.activates, candidate, mean)
+        mean = frozen_index(weight.index, average.to(tl.float64) * at.previous_decay, qmin, qmax)
+        frozen = tl.where(at.activates, index, mean)
     average = tl.where(changes, average + (weight.index - index).to(tl.float32) * at.previous_growth, average)
     average = tl.where(at.activates, 0.0, average)
-    average = tl.where(due, candidate, tl.where(free, average, weight.average))
+    average = tl.where(due, index.to(tl.float32), tl.where(free, average, weight.average))
     flags = tl.where(changes, way, direction) | (weight.flags & kSettled) | tl.where(due, kSettled, 0)
     flags = tl.where(number & (weight.flags >= kSettled), kSettled, flags)
 
     index = tl.where(at.first, now, index)
     later = Tracked(
-        tl.where(at.first, now, tl.where(number, index, weight.index)),
+        tl.where(at.first, now, tl.where(number, tl.where(due, frozen, index), weight.index)),
         tl.where(at.first, kNone, flags),
         tl.where(at.first, 0.0, frequency),
         tl.where(at.first, 0.0, average),

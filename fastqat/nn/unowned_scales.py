@@ -1,0 +1,60 @@
+"""Learned scales that no optimizer holds: they get gradients, and stay as they are."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+STEPS = 2  # of the weights, after which an optimizer of the scales has stepped too
+
+_stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def warn_of_unowned_scales(quantizers: Iterable[Any], optimizer: torch.optim.Optimizer) -> None:
+    """Warn once of scales that are to be learned, have a gradient, and are in no optimizer that has stepped.
+
+    Called after each step of any optimizer; what it finds is kept, so that a quantizer is looked at a few times only.
+
+    Args:
+        quantizers: those whose time the step moves; others are passed over.
+        optimizer: that has stepped.
+
+    Warns:
+        UserWarning: naming the first layer, how many there are, and the cure.
+    """
+    _stepped.add(optimizer)
+    unowned = []
+    for quantizer in quantizers:
+        steps = getattr(quantizer, "steps_without_owner", None)
+        if steps is None or quantizer.learn is None or is_lazy(quantizer.scale) or quantizer.scale.grad is None:
+            continue
+        if quantizer.scale.requires_grad:
+            quantizer.steps_without_owner = steps + 1
+            if steps + 1 >= STEPS:
+                quantizer.steps_without_owner = None  # it is known now
+                unowned.append(quantizer)
+    if not unowned:
+        return
+    owned = {key for o in _stepped for group in o.param_groups for p in group["params"] for key in _keys(p)}
+    unowned = [q for q in unowned if not any(key in owned for key in _keys(q.scale))]
+    if unowned:
+        warnings.warn(
+            f"quantizer of layer {unowned[0].layer_name or '?'!r}: wanted its learned scale in an optimizer; got "
+            f"{STEPS} steps of the weights without one that holds it ({len(unowned)} quantizers in all): they get "
+            "gradients and stay as they are. Give the optimizer fastqat.parameter_groups(model, lr=...), or a group of "
+            "fastqat.quantizer_parameters(model); scale.requires_grad_(False) says that one is not to be learned",
+            stacklevel=2,
+        )
+
+
+def _keys(parameter: Tensor) -> Iterator[object]:
+    """Identity, and memory: an optimizer may have the scale as a part of a flat buffer."""
+    yield id(parameter)
+    if not (parameter.is_meta or is_lazy(parameter) or hasattr(parameter, "device_mesh")):
+        yield parameter.device, parameter.untyped_storage().data_ptr()
