@@ -4,6 +4,7 @@ from fastqat import functional, nn, quantizers
 from fastqat._version import __version__
 from fastqat.activation_statistics import activation_statistics
 from fastqat.adaqat import AdaQAT
+from fastqat.averaging import AveragedModel
 from fastqat.batch_norm import reestimate_bn
 from fastqat.bit_widths import BitWidths, bit_widths, set_bit_widths
 from fastqat.bn_ranges import bn_ranges
@@ -39,6 +40,7 @@ from fastqat.transition_rate import TransitionRate, TransitionRateScheduler
 
 __all__ = [
     "AdaQAT",
+    "AveragedModel",
     "BitWidths",
     "Cost",
     "Coverage",

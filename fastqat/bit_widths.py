@@ -105,6 +105,7 @@ def set_bit_widths(model: nn.Module, widths: Mapping[str, tuple[int | None, int 
                 _enter(changes, quantizer, f"layer {name!r}, {tensor}", bits)
     for quantizer, (_, bits) in changes.items():
         quantizer.change_bits(bits)
+        quantizer.bits_are_data = True
 
 
 def _pair(pattern: str, wanted: object) -> BitWidths:

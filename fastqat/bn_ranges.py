@@ -183,7 +183,7 @@ class _Origins(TorchFunctionMode):
         **__: Any,
     ) -> _Range:
         """Of the output of torch.nn.functional.batch_norm, whose arguments these are."""
-        beta = torch.zeros(x.shape[1], device=x.device) if bias is None else bias.detach().float()
+        beta = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device) if bias is None else bias.detach().float()
         spread = torch.ones_like(beta) if weight is None else weight.detach().float().abs()
         return _Range(beta - self.deviations * spread, beta + self.deviations * spread)
 

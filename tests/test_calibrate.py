@@ -70,12 +70,12 @@ def test_calibrate_names_what_saw_nothing() -> None:
 
 
 def test_calibrate_restores_after_an_error() -> None:
-    """A batch of the wrong shape leaves no quantizer observing, and the modes as they were."""
+    """A batch of the wrong shape leaves no quantizer observing, and ranges and modes as they were."""
     net = prepare(Net(), CONFIG)
     with pytest.raises(RuntimeError):
         calibrate(net, [X, torch.zeros(2, 9, 5, 5)])
     assert all(m.training for m in net.modules())
-    assert net.body[0].activation_fake_quant.initialized
+    assert not net.body[0].activation_fake_quant.initialized
     assert not torch.equal(net.body[0].activation_fake_quant(X), X)
 
 

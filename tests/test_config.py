@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastqat import cli
+from fastqat import AveragedModel, cli
 from fastqat.train import config as config_module
 from fastqat.train.config import OPTIONS, Config
-from fastqat.train.ema import AveragedModel
 from fastqat.train.extras import import_extra
 from fastqat.train.optimization import Updates, schedule_factor, weight_optimizer
 from fastqat.train.recipe import make_config, parse_options, read_recipe, recipes
@@ -221,7 +220,7 @@ def test_average_follows_its_definition() -> None:
             model.weight.copy_(torch.tensor([math.sin(update), update / 10]))
             model.num_batches_tracked.add_(1)
         before = model.weight.clone()
-        average.update(model, update)
+        average.update_parameters(model)
         decay = min(0.7, (1 + update) / (10 + update))
         wanted = decay * wanted + (1 - decay) * model.weight.detach().double()
         assert torch.equal(model.weight, before)

@@ -64,7 +64,10 @@ def test_the_model_stays_what_it_was() -> None:
     found = dict(net.named_parameters())
     assert all(found[name] is p for name, p in parameters.items())
     assert all(torch.equal(net.state_dict()[k], v) for k, v in state.items())
-    assert {k.split(".")[-2] for k in net.state_dict().keys() - state.keys()} == {"weight_fake_quant"}
+    assert {k.split(".")[-2] for k in net.state_dict().keys() - state.keys()} == {
+        "weight_fake_quant",
+        "activation_fake_quant",
+    }
     for layer in parts:
         assert isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.weight_fake_quant.initialized
         assert not layer.activation_fake_quant.initialized

@@ -92,8 +92,7 @@ def test_reload_into_a_fresh_module(options: dict[str, Any]) -> None:
     """Bits, sign, shapes, eps, time and range come from the checkpoint."""
     fq = used({**options, "eps": 1e-5})
     fresh = FakeQuant(**{**options, "bits": 6})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match=f"has {fq.bits} bits, and the model had 6"):
         fresh.load_state_dict(fq.state_dict())
     assert fresh.initialized and not is_lazy(fresh.scale) and fresh.step.item() == 1
     assert fresh.bits == options.get("bits", 4) and same(fq, fresh)
@@ -134,9 +133,19 @@ def test_a_float_checkpoint_loads_strictly() -> None:
         assert all(m.initialized for m in target if isinstance(m, FakeQuant))
 
 
-def test_an_uninitialized_quantizer_saves_nothing() -> None:
-    """Its checkpoint is that of the float model."""
-    assert {k.split(".")[0] for k in model().state_dict()} == {"0", "2"}
+def test_an_uninitialized_quantizer_saves_that_it_is() -> None:
+    """The keys of one with a range, and NaN for a scale, which leaves another one uninitialized."""
+    net, used_net = model(), model()
+    used_net(X)
+    state = net.state_dict()
+    assert state.keys() == used_net.state_dict().keys() and state["1.scale"].isnan().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        used_net.load_state_dict(state)
+    assert not any(m.initialized for m in used_net if isinstance(m, FakeQuant))
+    used_net(7 * X)
+    net.load_state_dict(used_net.state_dict())
+    assert all(m.initialized for m in net if isinstance(m, FakeQuant)) and torch.equal(net(X), used_net(X))
 
 
 def test_a_fixed_range_needs_no_checkpoint() -> None:

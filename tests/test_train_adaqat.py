@@ -22,7 +22,6 @@ from fastqat.html_report import write_report
 from fastqat.train import bit_width_search
 from fastqat.train.bit_width_search import adaqat
 from fastqat.train.config import Config
-from fastqat.train.ema import AveragedModel
 from fastqat.train.extras import import_extra
 from fastqat.train.recipe import make_config
 from fastqat.train.run import evaluate
@@ -94,7 +93,8 @@ def test_saved_weights_have_the_learned_bits(learned: Path) -> None:
     trainer = Trainer(replace(TINY, out=Path("again")))
     trainer.prepare()
     state = import_extra("safetensors.torch").load_file(str(learned / "model.safetensors"))
-    trainer.model.load_state_dict(state)
+    with pytest.warns(UserWarning, match="the checkpoint has . bits, and the model had"):
+        trainer.model.load_state_dict(state)
     wanted = (math.ceil(last["weight_bits"]), math.ceil(last["activation_bits"]))
     assert fastqat.bit_widths(trainer.model) == {"stem": (8, 8), "depthwise": wanted, "linear": (8, 8)}
     assert evaluate(trainer.model, trainer.data) == (pytest.approx(last["test_loss"]), last["test_accuracy"])
@@ -152,18 +152,21 @@ def test_points_of_a_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_average_follows_bits() -> None:
-    """The averaged network gets the bits of the network; its scale, that of its own range."""
+    """The averaged network gets the bits of the network, and its range where they changed."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     fastqat.prepare(model, fastqat.QConfig(weight=fastqat.QSpec(bits=4, oscillation=fastqat.Oscillation())))
-    average = AveragedModel(model, 0.5)
-    for q in (model[0].weight_fake_quant, average.module[0].weight_fake_quant):
-        q.scale.data.fill_(0.3)
+    average, q = fastqat.AveragedModel(model, 0.5), model[0].weight_fake_quant
+    q.set_grid(torch.tensor([0.3]))
+    mine = average.module[0].weight_fake_quant
     for bits, scale in ((3, 0.3 * 15 / 7), (8, 0.3 * 15 / 255)):
-        model[0].weight_fake_quant.change_bits(bits)
-        average.update(model, 0)
-        mine = average.module[0].weight_fake_quant
-        assert mine.bits == bits and mine.tracker is model[0].weight_fake_quant.tracker
+        q.change_bits(bits)
+        average.update_parameters(model)
+        assert mine.bits == bits and mine.codes == q.codes and (mine.tracker is None) == (bits > 4)
         assert mine.scale.item() == pytest.approx(scale, rel=1e-5)
+    with torch.no_grad():
+        q.scale.mul_(2)
+    average.update_parameters(model)  # of the same bits again: t = 2, so that 3 of 12 parts stay
+    assert mine.scale.item() == pytest.approx(scale * (0.25 + 0.75 * 2), rel=1e-5)
 
 
 ERRORS = [

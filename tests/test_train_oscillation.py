@@ -17,7 +17,6 @@ from torch import Tensor
 import fastqat
 from fastqat import cli
 from fastqat.train.config import Config
-from fastqat.train.ema import AveragedModel
 from fastqat.train.extras import import_extra
 from fastqat.train.optimization import Updates
 from fastqat.train.quantization import quantizers
@@ -226,14 +225,15 @@ def test_bin_regularization_is_that_of_a_step(pieces: int, monkeypatch: pytest.M
         torch.testing.assert_close((regularized[1][name] - plain[name]).double(), wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_average_shares_what_is_frozen() -> None:
+def test_average_has_what_is_frozen() -> None:
     """The codes of frozen weights in the average are those of the network, and its own state is not averaged."""
     trainer = Trainer(replace(TINY, out=Path("run"), **FROZEN))
     trainer.train_fp32()
     trainer.quantize()
-    average = AveragedModel(trainer.model, 0.5)  # before anything is frozen
+    average = fastqat.AveragedModel(trainer.model, 0.5)  # before anything is frozen
     trainer.train_quantized()
-    average.update(trainer.model, 100)
+    average.updates = 100
+    average.update_parameters(trainer.model)
     own = {name: buffer for name, buffer in trainer.model.named_buffers() if ".tracker." in name}
     assert own and all(torch.equal(average.module.get_buffer(name), own[name]) for name in own)
     quantized: dict[str, tuple[Tensor, Tensor]] = {}

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fastqat.ops import checks
+
 FREEZE_TO = ("ceil", "majority")
 
 
@@ -81,7 +83,13 @@ class BitWidth:
         return {name: kept[name] for name in ("value", "change", "oscillations", "frozen", "seen")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: N is outside its bounds.
+        """
+        if not self.lowest <= state["value"] <= self.highest:
+            checks.fail(ValueError, "value", f"bits from {self.lowest} to {self.highest}", state["value"])
         for name in ("value", "change", "oscillations", "frozen"):
             setattr(self, name, state[name])
         self.seen = {int(bits): count for bits, count in state["seen"].items()}

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from fastqat.adaqat.widths import Width
+from fastqat.ops import checks
 
 PASSES = 2  # of a step, at most
 
@@ -135,9 +136,17 @@ class ManyAtOnce:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self.uppers, self.estimates = list(state["uppers"]), list(state["estimates"])
-        self.covariance = torch.tensor(state["covariance"], dtype=torch.float64)
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: it is of another number of widths.
+        """
+        uppers, estimates, count = list(state["uppers"]), list(state["estimates"]), len(self.names)
+        covariance = torch.tensor(state["covariance"], dtype=torch.float64)
+        got = (len(uppers), len(estimates), *covariance.shape)
+        if got != (count, count, count, count):
+            checks.fail(ValueError, "differences", f"values for {count} widths", f"for {', '.join(map(str, got))}")
+        self.uppers, self.estimates, self.covariance = uppers, estimates, covariance
 
 
 def _sign(width: Width) -> int:

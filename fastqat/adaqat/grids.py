@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from fastqat.nn.copied import versions
 from fastqat.nn.fake_quant import FakeQuant
 
 
@@ -38,6 +39,8 @@ def at_bits(bits: Mapping[FakeQuant, int]) -> Iterator[None]:
             torch._foreach_mul_([q.scale for q in plain], [q.scale_ratio(bits[q]) for q in plain])
         for q in set(grids).difference(plain):
             q.write_grid(q.grid_at(bits[q]))
+        for q in grids:  # an evaluation finds other codes than its bit-width says
+            q.note_checked(versions(q))
         yield
     finally:
         torch._foreach_copy_(qranges, own[0])

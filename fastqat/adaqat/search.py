@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -208,16 +209,21 @@ class AdaQAT:
         """Go on where :meth:`state_dict` was taken; the quantizers get its bit-widths.
 
         Raises:
-            ValueError: the state is that of other widths; nothing is loaded then.
+            ValueError, KeyError, TypeError: the state is that of other widths, or broken; nothing is loaded then.
         """
         names, got = [width.name for width in self.widths], list(state["widths"])
         if names != got:
             checks.fail(ValueError, "state", f"widths {', '.join(names)}", ", ".join(got) or "none")
-        for width in self.widths:
-            width.number.load_state_dict(state["widths"][width.name])
-        self._differences.load_state_dict(state["differences"])
-        self._step = state["step"]
-        self.history = from_columns(state["history"])
+        # Into copies first: what is broken raises before anything has changed.
+        numbers = [copy.deepcopy(width.number) for width in self.widths]
+        for name, number in zip(names, numbers, strict=True):
+            number.load_state_dict(state["widths"][name])
+        differences = copy.deepcopy(self._differences)
+        differences.load_state_dict(state["differences"])
+        step, history = int(state["step"]), from_columns(state["history"])
+        for width, number in zip(self.widths, numbers, strict=True):
+            width.number = number
+        self._differences, self._step, self.history = differences, step, history
         self.probe.attach()
         self._write()
 
@@ -244,6 +250,7 @@ class AdaQAT:
         for width in self.widths:
             for q in width.quantizers:
                 q.change_bits(width.number.bits)
+                q.bits_are_data = True
         if self.is_frozen:
             self.probe.remove()
 

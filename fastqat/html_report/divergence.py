@@ -7,6 +7,7 @@ from pathlib import Path
 from fastqat import models
 from fastqat.bn_divergence import Divergence, bn_divergence
 from fastqat.html_report.recorded import Recorded
+from fastqat.nn.state import take_bits_as_data
 from fastqat.train import data
 from fastqat.train.checkpoint import Checkpoints
 from fastqat.train.quantization import prepare_as, quantizers
@@ -41,6 +42,7 @@ def measured(run: Recorded, root: Path | None = None) -> list[Divergence]:
     prepare_as(config, model, quantizers(config, steps))
     prefix = "model/"
     state = {name[len(prefix) :]: value for name, value in snapshot.tensors.items() if name.startswith(prefix)}
+    take_bits_as_data(model)  # they may have been learned
     model.load_state_dict(state)
     # An order of the images that no training had.
     order = config.fp32_epochs + 1 + config.epochs

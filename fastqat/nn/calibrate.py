@@ -51,6 +51,8 @@ def calibrate(
         ValueError: there is nothing to calibrate, no batch, or a quantizer that no finite value reached; the message
             names it, and the others have their ranges.
         RuntimeError: another process failed; its error says why.
+
+    Whatever else ends it, an error in a batch or an interrupt, leaves all ranges as they were.
     """
     called, of_weights = called_quantizers(model)
     observing = to_calibrate(model)
@@ -117,14 +119,22 @@ class _Fact:
 
 
 def _set_ranges(observing: list[FakeQuant], fact: _Fact, distributed: bool) -> tuple[list[_Fact], set[FakeQuant]]:
-    """End the calibration, whatever happens; what each process tells, and the quantizers without data in any."""
-    together = False
-    try:
-        facts = ranges.gathered(fact) if distributed else [fact]
-        together = distributed
-    finally:
-        blind = {q for q in observing if not q.end_calibration(together)}
-    return facts, blind
+    """End the calibration; set all ranges, or none where a process failed.
+
+    Returns:
+        what each process tells, and the quantizers without data in any.
+    """
+    observed = {q: q.stop_calibration() for q in observing}
+    facts = ranges.gathered(fact) if distributed else [fact]
+    if any(each.failed for each in facts):
+        return facts, set()
+    if distributed:
+        observed = {q: ranges.joined(estimators, q.qrange.device) for q, estimators in observed.items()}
+    found = {q: q.observed_range(estimators) for q, estimators in observed.items()}
+    for q, each in found.items():
+        if each is not None:
+            q.take_range(each)
+    return facts, {q for q, each in found.items() if each is None}
 
 
 def _with_bar(batches: Iterable[Any], wanted: bool) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from fastqat.autograd import CLIPS, activated
 from fastqat.dorefa import dorefa_fake_quantize
 from fastqat.nn.calls import NOTHING, Together
 from fastqat.nn.coded import Keep
+from fastqat.nn.copied import check_copy
 from fastqat.nn.items import quantize_alone
 from fastqat.nn.one_pass import quantize_in_one_pass, quantize_with_gradients
 from fastqat.nn.sized import SizedQuantizer
@@ -112,6 +113,13 @@ class FakeQuant(SizedQuantizer):
         """A factory of quantizers with these options, for ``torch.ao.quantization.QConfig``."""
         return _Factory(cls, options)
 
+    def train(self, mode: bool = True) -> FakeQuant:
+        """Set the mode; for evaluation, which may be compiled, check what was written from outside."""
+        super().train(mode)
+        if not mode:
+            check_copy(self)
+        return self
+
     def is_idle(self) -> bool:
         """True if a forward would pass its tensor through and look at nothing."""
         return not (self.fake_quant_enabled or self._calibrating or self.is_following or self.activation)
@@ -135,6 +143,8 @@ class FakeQuant(SizedQuantizer):
         checks.float_tensor("x", x)
         if isinstance(x, nn.Parameter) and not torch.compiler.is_compiling():
             self.follows(x)
+        if not self.training:
+            check_copy(self)
         is_counted = self.mark_forward()
         clip = CLIPS[self.activation]
         if self._calibrating:
@@ -204,6 +214,8 @@ class FakeQuant(SizedQuantizer):
     def is_ready(self) -> bool:
         """True if a call would quantize and do nothing else: the range is set, it is switched on, no hook listens."""
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if not self.training:
+            check_copy(self)
         known = self.normalize != "tanh" and not self.growing  # which no op on many tensors computes
         return known and not hooks and self.initialized and self.fake_quant_enabled and not self._calibrating
 

@@ -137,25 +137,27 @@ class GradientFakeQuant(QuantizerState):
         self.symmetric = spec.method in IN_INTERVAL
         self.grid_kind = "symmetric" if self.symmetric else "affine"
         self.initialized = self.has_given_range()
+        first_scale = 1.0 if self.initialized else torch.nan
         self.watched: Tensor | None = None
         self._warned = False
         self._age, self.searches = 0, spec.method == "dsgc"
         self.rule = Rule(spec.alpha, spec.gamma_step if spec.method == "lbt" else 0.0, spec.gamma_min)
-        values: dict[str, float] = {"gamma": spec.gamma or 1.0, "limit": 0.0, "scale": 1.0}
+        values: dict[str, float] = {"gamma": spec.gamma or 1.0, "limit": 0.0, "scale": first_scale}
         counts = {"beyond": 0, "seen": 0, "observed_step": -1}
         if not self.symmetric:
             values = {"range_low": torch.inf, "range_high": -torch.inf, "new_low": torch.inf, "new_high": -torch.inf}
-            values |= {"scale": 1.0, "zero_point": 0.0}
+            values |= {"scale": first_scale, "zero_point": 0.0}
             counts = {"observed_step": -1}
         for name, value in values.items():
             self.register_buffer(name, torch.full((1,), value, dtype=torch.float32, device=device))
         for name, count in counts.items():
             self.register_buffer(name, torch.full((1,), count, dtype=torch.int64, device=device))
         self.register_buffer("qrange", torch.tensor(self.codes, dtype=torch.int32, device=device))
+        self.note_placeholder()
         self.seed = 0 if spec.seed is None else spec.seed
         if spec.seed is None:  # kept with the state: a run that is resumed draws the same noise
             self.seed = int(torch.randint(2**62, (1,)))
-            self.register_buffer("drawn_seed", torch.tensor([self.seed], device=device))
+            self.register_buffer("drawn_seed", torch.tensor([self.seed], dtype=torch.int64, device=device))
 
     @property
     def range(self) -> str:
@@ -192,6 +194,7 @@ class GradientFakeQuant(QuantizerState):
             checks.fail(ValueError, "qrange", f"codes of method={self.spec.method!r}", f"{qmin} to {qmax}")
         given = {"minmax": 1.0, "fixed": self.spec.gamma}.get(self.spec.method)
         if given is not None and not torch.equal(self.gamma, torch.full_like(self.gamma, given)):
+            self._bits = before
             checks.fail(ValueError, "gamma", f"{given} of method={self.spec.method!r}", float(self.gamma))
         if self.spec.seed is None:
             self.seed = int(self.get_buffer("drawn_seed"))
@@ -314,7 +317,7 @@ class GradientFakeQuant(QuantizerState):
 
         ``watched`` is then the share beyond the grid, E(G_L) (:func:`fastqat.gradients.large_error`), and max|g|.
         """
-        self.watched = torch.full((3,), torch.nan, device=self.qrange.device) if on else None
+        self.watched = torch.full((3,), torch.nan, dtype=torch.float32, device=self.qrange.device) if on else None
 
     def _watch(self, g: Tensor, y: Tensor) -> None:
         assert self.watched is not None

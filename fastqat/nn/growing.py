@@ -110,6 +110,10 @@ class Growth(nn.Module):
         self.reference.copy_(extent)
         return bool(growing.any())
 
+    def count_from(self, other: Growth) -> None:
+        """Be as far as another one, on the host; tensors are not copied."""
+        self._count = other._count
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if prefix + "growing" not in state_dict:  # the quantizer knows what that means
             return

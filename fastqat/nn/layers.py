@@ -87,10 +87,16 @@ class QuantizedLayer:
         super().__setstate__(state)  # type: ignore[misc]  # of the layer
         self._follow_weights()  # here: a forward that is compiled cannot
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        came = {name: prefix + name in state_dict for name in self.weight_names}
+        for name, quantizer in self.weight_quantizers().items():
+            quantizer.expect_range(came.get(name, False))
+        for other in (self.activation_fake_quant, self.gradient_fake_quant):
+            if other is not None:
+                other.expect_range(any(came.values()))
         self.__dict__["_is_loading"] = True
         try:
-            super()._load_from_state_dict(*arguments)  # type: ignore[misc]
+            super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[misc]
         finally:
             self.__dict__.pop("_is_loading")
         self._follow_weights()  # load_state_dict(assign=True) makes other Parameters

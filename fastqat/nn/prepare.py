@@ -196,6 +196,7 @@ def _quantizers_of(
         for weight_name, weight in weights.items():
             if config.weight is not None and keys[weight_name] not in made:
                 made[keys[weight_name]] = _of_weight(layer, weight, config.weight, clock)
+                made[keys[weight_name]].layer_name = name
         activation = None if config.activation is None else _build(config.activation, first.device)
         gradient = None if config.gradient is None else GradientFakeQuant(config.gradient, name, first.device)
     except (TypeError, ValueError) as error:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastqat import functional, ranges
+from fastqat.nn.copied import refuse_copy
 from fastqat.nn.following import FollowingRange
 from fastqat.nn.growing import Growth
 from fastqat.nn.sharded import write_parameter
 from fastqat.nn.spec import code_range
 from fastqat.ops import checks
+
+
+class ObservedRange(NamedTuple):
+    """What calibration found: whether codes are signed, the grid, and the range itself where it is followed."""
+
+    signed: bool
+    scale: Tensor
+    zero_point: Tensor
+    bounds: tuple[Tensor, Tensor] | None
 
 
 class RangedQuantizer(FollowingRange):
@@ -118,7 +129,8 @@ class RangedQuantizer(FollowingRange):
         for name, p in self.named_parameters(recurse=False):
             if isinstance(p, UninitializedParameter):
                 p.materialize(shape, device=device, dtype=torch.float32)
-                nn.init.constant_(p, 1.0 if name == "scale" else 0.0)
+                nn.init.constant_(p, torch.nan if name == "scale" else 0.0)  # NaN: there is no range
+                self.note_placeholder()
         self._make_range(shape, device)
 
     def has_given_range(self) -> bool:
@@ -132,7 +144,7 @@ class RangedQuantizer(FollowingRange):
             if self._sign_from_data:
                 self.signed = self.fixed_range[0] < 0
                 self._write_codes()
-            low, high = torch.tensor(self.fixed_range, device=self.qrange.device).view(2, 1)
+            low, high = torch.tensor(self.fixed_range, dtype=torch.float32, device=self.qrange.device).view(2, 1)
             self.set_grid(*ranges.grid_from_range(low, high, *self._levels, self.symmetric))
         elif not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.dim() < 1:
             wanted = "a float32 tensor of shape [1], [C] or [C, groups] for range='fixed'"
@@ -211,20 +223,46 @@ class RangedQuantizer(FollowingRange):
         Args:
             across_processes: in this process and all others, each of which does the same.
         """
-        estimators, self._calibrating, self._estimators = self._estimators, False, {}
+        estimators = self.stop_calibration()
         if across_processes:
             estimators = ranges.joined(estimators, self.qrange.device)
+        observed = self.observed_range(estimators)
+        if observed is not None:
+            self.take_range(observed)
+        return observed is not None
+
+    def stop_calibration(self) -> dict[bool, ranges.Estimator]:
+        """Observe no more, and return what was observed, by the sign of the codes; the range stays as it is."""
+        estimators, self._calibrating, self._estimators = self._estimators, False, {}
+        return estimators
+
+    def observed_range(self, estimators: dict[bool, ranges.Estimator]) -> ObservedRange | None:
+        """The range that estimators found; None if they saw no finite value.
+
+        Args:
+            estimators: of :meth:`stop_calibration`.
+
+        Raises:
+            ValueError: it has a scale that is not positive and finite.
+        """
         if not estimators:
-            return False
+            return None
         signed, estimator = next(iter(estimators.items()))
-        if self._sign_from_data:
-            self.signed = signed
-            self._write_codes()
-        self.set_grid(*estimator.grid())
+        scale, zero_point = estimator.grid()
+        checks.positive("scale", scale)
+        bounds = None
         if isinstance(estimator, ranges.MinMax) and self.range_low is not None:
-            assert estimator.low is not None and estimator.high is not None  # as its grid
-            self._begin_range(estimator.low, estimator.high)
-        return True
+            bounds = estimator.bounds()
+        return ObservedRange(signed, scale, zero_point, bounds)
+
+    def take_range(self, observed: ObservedRange) -> None:
+        """Set the range to one that was observed."""
+        if self._sign_from_data:
+            self.signed = observed.signed
+            self._write_codes()
+        self.set_grid(observed.scale, observed.zero_point)
+        if observed.bounds is not None:
+            self._begin_range(*observed.bounds)
 
     def _observe(self, x: Tensor) -> None:
         """Take a tensor into account while calibrating, if it has a finite value."""
@@ -260,7 +298,10 @@ class RangedQuantizer(FollowingRange):
             x: the tensor.
             of_weight: what is zero now in a weight is learned later: its range grows until it has settled.
         """
+        if not torch.compiler.is_compiling() and self._adopt():
+            return
         if self.range == "in_hindsight" and not self.training:
+            self._refuse_written()
             self._warn_of_no_range()
             return
         if torch.compiler.is_compiling():
@@ -277,6 +318,8 @@ class RangedQuantizer(FollowingRange):
         if not (extremes.isfinite() & (extremes != 0)).any():
             self._began_at_zero = of_weight
             return
+        if not self.training:
+            self._refuse_written()
         self.begin_calibration(once=True)
         self._observe(extremes if self.sync_range else x)
         self.end_calibration()
@@ -317,6 +360,25 @@ class RangedQuantizer(FollowingRange):
                 self.growth.growing.zero_()
         elif not self.initialized:
             self._began_at_zero = False  # the weight may be another one
+
+    def _adopt(self) -> bool:
+        """Take a range that something else has written into the scale, as a load would; True if there is one."""
+        scale = self._scale_of_state()
+        if scale is None or scale.is_meta or is_in_torch_dispatch_mode() or bool(scale.isnan().all()):
+            return False
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            refuse_copy(self, "scale", "positive, finite values", "others: some were averaged before they were known")
+        qmin, qmax = self.qrange.tolist()
+        if (qmax - qmin + 1).bit_length() - (not self.restricted) != self._bits:
+            refuse_copy(self, "qrange", f"codes of {self._bits} bits", f"{qmin} to {qmax}")
+        self.restore_codes()
+        self.initialized = True
+        return True
+
+    def _refuse_written(self) -> None:
+        """Refuse to set a range in the place of one that was averaged away."""
+        if not torch.compiler.is_compiling() and self.was_written():
+            refuse_copy(self, "scale", "a range", "NaN: it was averaged with one that was not known yet")
 
     def _warn_of_no_range(self) -> None:
         if not self._warned_of_no_range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastqat import multi_tensor, ranges
+from fastqat.nn.copied import versions
 from fastqat.nn.ranged import RangedQuantizer
 from fastqat.nn.tracking import Oscillation, Tracker
 from fastqat.ops import checks
@@ -32,6 +34,7 @@ class SizedQuantizer(RangedQuantizer):
 
     oscillation: Oscillation | None
     tracker: Tracker | None
+    fake_quant_enabled: bool
 
     @property
     def bits(self) -> int:
@@ -86,6 +89,24 @@ class SizedQuantizer(RangedQuantizer):
         if changed:
             self._make_tracker()
 
+    def follow(self, other: SizedQuantizer) -> None:
+        """Be of the bit-width, sign and state of another quantizer with the same options; tensors are not copied."""
+        if self._bits != other._bits:
+            self._set_bits(other._bits)
+        if other.tracker is None:
+            self.tracker = None
+        elif self.tracker is not None:
+            self.tracker.lowest = other.tracker.lowest
+        self.signed, self.eps, self.initialized = other.signed, other.eps, other.initialized
+        self.fake_quant_enabled = other.fake_quant_enabled
+        self.growing = other.growing
+        if other.growth is None:
+            self.growth = None
+        else:
+            if self.growth is None:
+                self.growth = copy.deepcopy(other.growth).to(self.qrange.device)
+            self.growth.count_from(other.growth)
+
     def _make_tracker(self) -> None:
         """A tracker without a past, or none, as options and bits say."""
         options = self.oscillation
@@ -99,19 +120,20 @@ class SizedQuantizer(RangedQuantizer):
     def restore_codes(self) -> None:
         """Take the bit-width and the sign from the loaded qrange; ValueError where it is of another kind of grid."""
         qmin, qmax = self.qrange.tolist()
-        if self._sign_from_data:
-            self.signed = qmin < 0
-        before = self._bits
-        self._bits = (qmax - qmin + 1).bit_length() - (not self.restricted)
-        if self._bits != before:
+        before = self._bits, self.signed
+        bits = (qmax - qmin + 1).bit_length() - (not self.restricted)
+        signed = qmin < 0 if self._sign_from_data else self.signed
+        self._bits, self.signed = bits, signed
+        fits = 1 <= bits <= 8 and self.codes == (qmin, qmax)
+        if not fits or bits < self.fewest_bits:
+            self._bits, self.signed = before
+            at_least = f"at least {self.fewest_bits} bits"
+            wanted = at_least if fits else f"codes of signed={signed}, restricted={self.restricted}"
+            checks.fail(ValueError, "qrange", wanted, f"{qmin} to {qmax}")
+        if bits != before[0]:
             self._make_tracker()
         if self.tracker is not None:
             self.tracker.lowest = qmin
-        if self.codes != (qmin, qmax):
-            wanted = f"codes of signed={self.signed}, restricted={self.restricted}"
-            checks.fail(ValueError, "qrange", wanted, f"{qmin} to {qmax}")
-        if self._bits < self.fewest_bits:
-            checks.fail(ValueError, "qrange", f"at least {self.fewest_bits} bits", f"{qmin} to {qmax}")
 
     def _load_from_state_dict(
         self,
@@ -122,8 +144,9 @@ class SizedQuantizer(RangedQuantizer):
         missing: list[str],
         *others: Any,
     ) -> None:
+        left_out = self.is_left_out(state_dict, prefix, missing)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
-        if self.tracker is None or any(key.startswith(prefix + "tracker.") for key in state_dict):
+        if left_out or self.tracker is None or any(key.startswith(prefix + "tracker.") for key in state_dict):
             return
         if prefix + "eps" in state_dict and prefix + "scale" not in state_dict:  # it is kept under another name
             missing += [f"{prefix}tracker.{name}" for name in multi_tensor.STATE]
@@ -172,3 +195,4 @@ class SizedQuantizer(RangedQuantizer):
         for name, values in grid._asdict().items():
             if values is not None:
                 getattr(self, name).copy_(values)
+        self.note_checked(versions(self))  # other codes than the bit-width says are meant

@@ -123,14 +123,14 @@ def value_at(value: float | Schedule, step: Tensor) -> Tensor:
     if isinstance(value, Schedule):
         return value.tensor(step)
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # a fake or traced tensor must not be kept
-        return torch.full((1,), value, device=step.device)
+        return torch.full((1,), value, dtype=torch.float32, device=step.device)
     return _constant(float(value), step.device)
 
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.full((1,), value, device=device)
+    return torch.full((1,), value, dtype=torch.float32, device=device)
 
 
 def _number(name: str, value: object) -> None:

@@ -27,7 +27,7 @@ def axis_of(axis: int) -> int | None:
 
 def drawn(r: Tensor, seed: int, step: Tensor, tensor_id: int) -> Tensor:
     """floor(r + u) with u of Philox, elements counted in logical order."""
-    u = torch.empty(r.numel(), device=r.device)
+    u = torch.empty(r.numel(), dtype=torch.float32, device=r.device)
     reference.philox_uniform(step, seed, tensor_id, r.numel(), u)
     return (r + u.view(r.shape)).floor()
 

@@ -100,7 +100,7 @@ def _errors(counts: Tensor, width: Tensor, s: Tensor, z: Tensor, qmin: int, qmax
         qmin, qmax, beyond: as for Histogram.squared_errors.
     """
     bins = counts.shape[1]
-    middles = (torch.arange(bins, device=counts.device) - bins // 2 + 0.5) * width[:, None]
+    middles = (torch.arange(bins, dtype=torch.float64, device=counts.device) - bins // 2 + 0.5) * width[:, None]
     moments = [counts * middles**power for power in range(3)]
     below = [torch.nn.functional.pad(m.cumsum(1), (1, 0)) for m in moments]  # [R, bins + 1]
 

@@ -34,9 +34,9 @@ def fractions(spec: GridSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor
         scales and zero points, float32 [K, *scale].
     """
     if spec.symmetric:
-        shrink_low = shrink_high = torch.arange(1, FRACTIONS + 1, device=low.device) / FRACTIONS
+        shrink_low = shrink_high = torch.arange(1, FRACTIONS + 1, dtype=low.dtype, device=low.device) / FRACTIONS
     else:
-        side = torch.arange(1, FRACTIONS_PER_SIDE + 1, device=low.device) / FRACTIONS_PER_SIDE
+        side = torch.arange(1, FRACTIONS_PER_SIDE + 1, dtype=low.dtype, device=low.device) / FRACTIONS_PER_SIDE
         shrink_low, shrink_high = torch.cartesian_prod(side, side).unbind(1)
     shape = (-1,) + (1,) * low.dim()
     return _grids(spec, low * shrink_low.view(shape), high * shrink_high.view(shape))
@@ -58,10 +58,10 @@ def step_sizes(spec: GridSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tenso
     high = torch.maximum(high, low + MIN_RANGE)
     shape = (-1,) + (1,) * low.dim()
     if spec.symmetric:
-        fraction = torch.arange(1, STEP_SIZES + 1, device=low.device).view(shape) / (STEP_SIZES - 1)
+        fraction = torch.arange(1, STEP_SIZES + 1, dtype=low.dtype, device=low.device).view(shape) / (STEP_SIZES - 1)
         return _grids(spec, low * fraction, high * fraction)
-    size = torch.arange(1, STEP_SIZES_AFFINE + 1, device=low.device) / (STEP_SIZES_AFFINE - 1)
-    place = torch.linspace(0, 1, OFFSETS, device=low.device)
+    size = torch.arange(1, STEP_SIZES_AFFINE + 1, dtype=low.dtype, device=low.device) / (STEP_SIZES_AFFINE - 1)
+    place = torch.linspace(0, 1, OFFSETS, dtype=low.dtype, device=low.device)
     size, place = (v.view(shape) for v in torch.cartesian_prod(size, place).unbind(1))
     length = (high - low) * size
     tried_low, tried_high = torch.maximum(low, -length * place), torch.minimum(high, length * (1 - place))

@@ -102,7 +102,7 @@ class BitWidthSearch:
         return {kind: fmean(values) for kind, values in numbers.items() if values}
 
     def _one_image(self) -> Tensor:
-        return torch.zeros(1, *self.run.data.image_shape, device=self.run.device)
+        return torch.zeros(1, *self.run.data.image_shape, dtype=torch.float32, device=self.run.device)
 
     def _due(self, interval: int) -> bool:
         """Whether this step is the first of its part of the time axis, of those that are so far apart."""

@@ -169,7 +169,7 @@ class SyncBatchNorm(_BatchNorm):
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         values = x.float()
-        count = torch.tensor([x.numel() / x.shape[1]], device=x.device)
+        count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float32, device=x.device)
         sums: Tensor = _AllReduce.apply(torch.cat([values.sum(dims), count]))
         total = sums[-1].detach()
         if total == 1:  # its variance is 0 / 0

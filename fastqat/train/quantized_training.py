@@ -85,7 +85,7 @@ class QuantizedTraining(Training):
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The sum of the losses of a batch, [], computed in the same pieces as in the backward pass."""
         pieces = self._pieces()
-        total = torch.zeros((), device=self.run.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.run.device)
         for x, y in zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True):
             total += self.forward(x, y)[0]
         return total

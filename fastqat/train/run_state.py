@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastqat.adaqat import AdaQAT
+from fastqat.averaging import AveragedModel
+from fastqat.nn.state import take_bits_as_data
 from fastqat.train.checkpoint import Snapshot
 from fastqat.train.config import OPTIONS, Config
 from fastqat.train.distributed import Processes
-from fastqat.train.ema import AveragedModel
 from fastqat.train.optimization import Updates
 from fastqat.train.progress import Meter
 from fastqat.train.random_state import random_state, restore_random_state
@@ -128,6 +129,8 @@ class RunState:
         self.position, self.best = Position(**facts["position"]), facts["best"]
         if PHASES.index(self.position.phase) > PHASES.index("PTQ"):
             prepare()
+        if facts.get("search"):  # its bit-widths are those of the moment
+            take_bits_as_data(self.model)
         try:
             self.model.load_state_dict(_part(snapshot.tensors, "model"))
         except RuntimeError as error:

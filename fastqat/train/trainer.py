@@ -84,7 +84,7 @@ class Trainer(Run):
         self.qconfig = quantizers(self.config, steps)
         # Calibration finds the quantizers that nothing reaches, those of weights too, where it has some of activations.
         self._prepare(replace(self.qconfig, activation=self.qconfig.activation or fastqat.QSpec()))
-        zeros = torch.zeros(1, *self.data.image_shape)
+        zeros = torch.zeros(1, *self.data.image_shape, dtype=torch.float32)
         if to_calibrate(self.model):
             fastqat.calibrate(self.model, [zeros], progress=False, distributed=False)
         elif lost := fastqat.report(self.model, zeros).never_ran:

@@ -158,14 +158,17 @@ class Training:
             raise FloatingPointError(self._explain(step + 1, "loss" if not loss.isfinite() else "gradient", images))
         self.before_update(loss, images, labels)
         self.updates.step(step)
-        if self.state.average:
-            self.state.average.update(self.run.model, step)
+        average = self.state.average
+        if average:
+            if average.updates != step:  # it comes from a checkpoint, which has the step in its position
+                average.updates = step
+            average.update_parameters(self.run.model)
         return asked, due
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Leave the gradient of a batch in the parameters; return the sum of the losses, []."""
         count, world_size, pieces = self._count(), self.processes.world_size, self._pieces()
-        total = torch.zeros((), device=self.run.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.run.device)
         for index, (x, y) in enumerate(zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)):
             waits = world_size > 1 and index < pieces - 1  # gradients are averaged once, with the last piece
             context = self.network.no_sync() if waits else contextlib.nullcontext()  # type: ignore[operator]

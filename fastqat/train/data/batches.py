@@ -147,6 +147,6 @@ def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Map stored pixels uint8 [N, C, H, W] to float32 ``(pixel - mean) / std``, with one mean and std per channel."""
-    means, stds = (torch.tensor(each, device=images.device).view(-1, 1, 1) for each in (mean, std))
+    means, stds = (torch.tensor(each, dtype=torch.float32, device=images.device).view(-1, 1, 1) for each in (mean, std))
     # Contiguous, because in channels-last memory the mean changes from number to number: that takes 4 x longer.
     return images.contiguous().to(torch.float32).sub_(means).div_(stds)
