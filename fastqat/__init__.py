@@ -33,6 +33,7 @@ from fastqat.nn import (
 )
 from fastqat.ops.select import current_backend, status, use_backend
 from fastqat.oscillation import oscillation_summary
+from fastqat.parameter_groups import parameter_groups
 from fastqat.regularization import bin_regularization, dampening_loss
 from fastqat.schedules import Schedule
 from fastqat.traffic import Traffic, memory_traffic
@@ -73,6 +74,7 @@ __all__ = [
     "memory_traffic",
     "nn",
     "oscillation_summary",
+    "parameter_groups",
     "prepare",
     "quantize_weights_together",
     "quantizer_parameters",

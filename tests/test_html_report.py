@@ -120,7 +120,8 @@ def test_one_file_that_needs_nothing_else(run: Path, capsys: pytest.CaptureFixtu
             assert picture.width == 9 * 20 and len(picture.convert("RGB").getcolors(2**24) or []) > 50
     titles = ["Results", "Accuracy", "Oscillating and frozen weights", "Layers, after epoch 3", "Latent weights"]
     assert found.of("h2") == [*titles, "Weights that oscillate", "Statistics of batch normalisation"]
-    assert found.of("h1") == found.of("title") == ["digits, model resume_networks:Dropped, W3A3"]
+    title = "digits, model resume_networks:Dropped, W3A3 of 100.0 % of the multiplications"
+    assert found.of("h1") == found.of("title") == [title]
 
 
 def test_tables_say_what_was_recorded(reported: Path) -> None:

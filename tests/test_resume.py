@@ -218,7 +218,7 @@ def test_finished_run_only_draws_again(whole: Path, capsys: pytest.CaptureFixtur
         (["--resume", "absent"], "resume absent: wanted the folder of a run; got no config.yaml there"),
         (
             ["--resume", "run", "--lr", "1"],
-            "resume run: wanted no option but root, compress_activations, record_quantizers, device,",
+            "resume run: wanted no option but root, compress_activations, coverage, record_quantizers, device,",
         ),
         (["--resume", "run", "--recipe", "digits"], "got recipe, which decides the numbers"),
     ],

@@ -86,15 +86,18 @@ def test_never_at_the_end_and_always() -> None:
         Trainer(replace(TINY, reestimate_bn=when, out=Path(when))).run()
     marks = {when: ["bn_test_accuracy" in row for row in rows(when)] for when in ("never", "end", "always")}
     assert marks["never"] == [False] * 5
-    assert marks["end"] == [False] * 4 + [True]
+    assert marks["end"] == [False] * 2 + [True, False, True]
     assert marks["always"] == [False, False, True, True, True]
-    plain = [{key: value for key, value in row.items() if not key.startswith("bn_")} for row in rows("always")]
+    plain = [
+        {key: value for key, value in row.items() if not key.startswith(("bn_", "compared_"))} for row in rows("always")
+    ]
     assert plain == rows("never")
     assert rows("always")[-1] == rows("end")[-1]
     files = {when: Path(when, "model.safetensors").read_bytes() for when in marks}
     assert files["always"] == files["end"] != files["never"]
     trainer = prepared(TINY, load("always", "best"))
-    tests = [row[key] for row in rows("always")[2:] for key in ("test_accuracy", "bn_test_accuracy")]
+    quantized = rows("always")[2:]
+    tests = [row["bn_test_accuracy" if row["bn_chosen"] else "test_accuracy"] for row in quantized]
     assert evaluate(trainer.model, trainer.data, TINY.batch_size)[1] == max(tests) > min(tests)
 
 
@@ -124,8 +127,9 @@ def test_batches_are_those_of_no_training(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(type(trainer.data), "train_batches", watched)
     trainer.run()
-    bn = (5, True)
-    assert orders == [(0, True), (1, True), (2, False), bn, (3, True), bn, (4, True), bn]
+    compared = [(2, False), (5, True), (2, False)]  # on images of the calibration, before and after
+    training = [(0, True), (1, True), (2, False), *compared, (3, True), *compared, (4, True), *compared]
+    assert orders == training
 
 
 def test_network_without_batch_norm(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +164,7 @@ def test_weights_only(per_channel: bool, shape: list[int], capsys: pytest.Captur
     """Activations stay in float and nothing is calibrated; scales are per channel, or per tensor as in the paper."""
     config = replace(TINY, bits_activation=0, per_channel=per_channel, epochs=1, out=Path("run"))
     trainer = Trainer(config)
-    assert trainer.title == "digits, model resume_networks:Dropped, W3"
+    assert trainer.title == "digits, model resume_networks:Dropped, W3 of 100.0 % of the multiplications"
     assert default_folder(config).name.startswith("digits-resume_networks-Dropped-w3-")
     trainer.run()
     layers = [m for m in trainer.model.modules() if hasattr(m, "weight_fake_quant")]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fastqat.nn.coverage import percent
 from fastqat.train import bit_width_search, quantizer_recorder, transition_recorder
 from fastqat.train.config import Config
 from fastqat.train.recipe import parse_options, read_text
@@ -47,6 +48,13 @@ class Recorded:
     activations: list[Row]
     bit_widths: list[Row]
     transitions: list[Row]
+
+    @property
+    def title(self) -> str:
+        """Data, network, and bit-widths, with the share of the multiplications that has them where it is known."""
+        config, shares = self.config, [row["coverage"] for row in self.rows if "coverage" in row]
+        of_share = f" of {percent(shares[-1])} of the multiplications" if shares else ""
+        return f"{config.data}, model {config.model}, {config.bit_widths}{of_share}"
 
     def of_phase(self, phase: str) -> list[Row]:
         """The rows of a phase."""

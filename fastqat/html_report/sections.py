@@ -13,6 +13,7 @@ from fastqat.html_report.divergence import measured
 from fastqat.html_report.page import Cell, Section, figure, folded, paragraph, table
 from fastqat.html_report.recorded import Histogram, Recorded, histograms
 from fastqat.oscillation import KINDS
+from fastqat.train.bn_statistics import explanation
 from fastqat.train.run_folder import Row
 
 DPI = 150
@@ -35,6 +36,9 @@ def results(run: Recorded) -> Section:
         title = f"best epoch of QAT ({best['epoch']})"
         rows.append([title, *(_share(best.get(key)) for key in tests), f"{best['test_loss']:.4f}"])
     body = table(("after", *tests.values(), "loss"), rows, caption="on the test images")
+    body += "".join(paragraph(f"{text}.") for text in map(explanation, last) if text)
+    if at_floor := last[-1].get("scales_at_floor"):
+        body += paragraph(f"{at_floor:,} scales are at their floor: what these quantize is 0, or clipped to nothing.")
     options = [(name, "" if value is None else str(value)) for name, value in run.config.plain().items()]
     return Section("Results", body + folded("Options of the run", table(("option", "value"), options, texts=2)))
 

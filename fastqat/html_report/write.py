@@ -37,8 +37,7 @@ def write_report(path: Path, root: Path | None = None) -> Path:
     """
     run = read_run(path)
     parts = _sections(run, root)
-    title = f"{run.config.data}, model {run.config.model}, {run.config.bit_widths}"
-    html = page(title, f"Quantization-aware training, run {path.resolve().name}", parts)
+    html = page(run.title, f"Quantization-aware training, run {path.resolve().name}", parts)
     unfinished, folder = path / f".{FOLDER}.unfinished", path / FOLDER
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a report that was killed here
     try:

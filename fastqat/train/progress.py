@@ -23,6 +23,7 @@ COLUMNS = {  # of the table at the end: heading, key of a row, format
     "BN re-estimated": ("bn_test_accuracy", ".2%"),
     "loss": ("test_loss", ".4f"),
     **{name: (name, ".2%") for name in SHARES},
+    "scales at the floor": ("scales_at_floor", ","),
     **{f"{short} bits": (key, ".2f") for key, short in WIDTHS.items()},
     "WCR": ("weight_compression_rate", ".2f"),
     "BitOPs": ("bit_operations", ","),
@@ -130,9 +131,10 @@ class Progress:
         epoch = f"{row['epoch']:>{len(str(self.epochs))}}/{self.epochs}"
         train = f"train {row['train_loss']:.4f} {row['train_accuracy']:7.2%}"
         shares = [f"{name} {row[name]:.2%}" for name in SHARES if name in row]
+        floor = f"{row['scales_at_floor']} scales at the floor" if "scales_at_floor" in row else ""
         widths = [f"{short}{row[key]:.2f}" for key, short in WIDTHS.items() if key in row]
         rate = f"{row['images_per_second']:,.0f} images/s"
-        parts = [f"{self.phase} epoch {epoch}", train, test_text(row), *shares, " ".join(widths), rate]
+        parts = [f"{self.phase} epoch {epoch}", train, test_text(row), *shares, floor, " ".join(widths), rate]
         line = "  ".join(filter(None, parts))
         self.console.print(line, soft_wrap=True)
 

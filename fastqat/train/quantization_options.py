@@ -83,11 +83,19 @@ class Quantization:
     range: str = option("mse", "how the first ranges are chosen", choices=tuple(ranges.ESTIMATORS), group=QUANTIZATION)
     calibration_batches: int = option(8, "training batches that choose the ranges", low=1, group=QUANTIZATION)
     reestimate_bn: str = option(
-        "never",
-        "when the quantized network is tested with statistics of BN re-estimated, too, and its weights are saved with "
-        "these: after the last epoch, or in every test",
+        "end",
+        "when the quantized network is tested with statistics of BN re-estimated, too, and saved with those that are "
+        "better on training images: after quantization and after the last epoch, or in every test",
         choices=("never", "end", "always"),
         group=QUANTIZATION,
+    )
+    coverage: float = option(
+        0.95,
+        "least share of the multiplications that has to be quantized; 0 trains whatever there is",
+        low=0,
+        high=1,
+        group=QUANTIZATION,
+        movable=True,
     )
     bn_batches: int = option(50, "training batches for that", low=1, group=QUANTIZATION)
     estimator: str = option("ste", "of the gradient of rounding weights", choices=tuple(ESTIMATORS), group=QUANTIZATION)

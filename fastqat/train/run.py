@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
@@ -12,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastqat import batch_norm, models
+from fastqat.nn.coverage import Coverage
+from fastqat.nn.scales import scales_at_floor
 from fastqat.train import data
+from fastqat.train.bn_statistics import are_better, are_reestimated_in, running_statistics
 from fastqat.train.config import Config
 from fastqat.train.diagnosis import non_finite_parameters
 from fastqat.train.distributed import Processes, synchronize_batch_norm
@@ -42,6 +46,8 @@ class Run(ABC):
         ImportError: a package of the ``train`` extra is missing.
     """
 
+    coverage: Coverage  # of the quantized network, once it was checked
+
     def __init__(self, config: Config, resume: Path | None = None) -> None:
         for extra in ("rich.progress", "matplotlib.figure", "safetensors.torch", "yaml"):  # better now than at the end
             import_extra(extra)
@@ -56,6 +62,7 @@ class Run(ABC):
         self.data = dataset.limit_train(config.limit_train or len(dataset.train)).to(self.device)
         seed_random(config.seed)
         self.model = self._build()
+        self.resumes = resume is not None
         self.check()
         self.state = RunState(config, self.model, self.processes)
         self.reestimates = config.reestimate_bn != "never" and bool(running_statistics(self.model))
@@ -126,10 +133,12 @@ class Run(ABC):
         self._tested = {}
         for prefix, model in named.items():
             row |= self._test(prefix, model)
-            if self._reestimates_in(phase, epoch):
-                with self._reestimated(model):
-                    row |= self._test(f"bn_{prefix}", model)
-                    self._tested[f"bn_{prefix}"] |= running_statistics(model)
+            if self.reestimates and are_reestimated_in(self.config, phase, epoch):
+                row |= self._test_reestimated(prefix, model)
+        if phase != "FP32":
+            row["coverage"] = self.coverage.multiplications
+            if at_floor := sum(scales_at_floor(self.model).values()):
+                row["scales_at_floor"] = at_floor
         self.folder.add_metrics(row)
         return row
 
@@ -138,11 +147,33 @@ class Run(ABC):
         self._tested[prefix] = model.state_dict()
         return {f"{prefix}test_loss": loss, f"{prefix}test_accuracy": accuracy}
 
-    def _reestimates_in(self, phase: str, epoch: int) -> bool:
-        """Whether a row has results with re-estimated statistics."""
+    def _test_reestimated(self, prefix: str, model: nn.Module) -> Row:
+        """Test with re-estimated statistics of BN, and choose between these and those of training.
+
+        No test image decides: both are compared on the training images that have chosen the ranges, as no others are
+        set apart. Weights are fitted to these images, and in both cases they are the same.
+        """
+        trained = self._on_training_images(model)
+        with self._reestimated(model):
+            row = self._test(f"bn_{prefix}", model)
+            self._tested[f"bn_{prefix}"] |= running_statistics(model)
+            reestimated = self._on_training_images(model)
+        for name, (loss, accuracy) in {prefix: trained, f"bn_{prefix}": reestimated}.items():
+            row |= {f"{name}compared_loss": loss, f"{name}compared_accuracy": accuracy}
+        return row | {f"bn_{prefix}chosen": are_better(reestimated, trained)}
+
+    def _on_training_images(self, model: nn.Module) -> tuple[float, float]:
+        """Loss and accuracy on the images of the calibration; every process takes all of them."""
+        return forward_all(model, self.calibration_batches(), self.config.bf16).read()
+
+    def calibration_batches(self) -> Iterator[data.Batch]:
+        """Batches of training images, not augmented, that choose the ranges of activations."""
+        # Every process takes these batches whole: the ranges come out equal, and as those of one process alone.
         config = self.config
-        last = ("QAT", config.epochs) if config.epochs else ("PTQ", 0)
-        return self.reestimates and phase != "FP32" and (config.reestimate_bn == "always" or (phase, epoch) == last)
+        batches = self.data.train_batches(
+            config.batch_size, seed=config.seed, epoch=config.fp32_epochs, augment=False, workers=config.workers
+        )
+        return itertools.islice(batches, config.calibration_batches)
 
     def _reestimated(self, model: nn.Module) -> AbstractContextManager[int]:
         """Context with re-estimated statistics, from batches in an order that no training has."""
@@ -165,7 +196,9 @@ class Run(ABC):
     def save_weights(self, row: Row) -> None:
         """Save the weights that a row of the metrics was measured with; of quantized ones the best so far, too.
 
-        Where it has results with re-estimated statistics of BN, the weights are saved with these.
+        Where it has results with re-estimated statistics of BN, the weights are saved with the statistics that are
+        better on training images. Which epoch is the best, and whether the average of the weights is better than the
+        weights, is decided by the accuracy on the test images, as no others are set apart.
 
         Args:
             row: the newest one.
@@ -173,8 +206,10 @@ class Run(ABC):
         if row["phase"] == "FP32":
             self.folder.save_weights(self._tested[""], "fp32")
             return
-        self.folder.save_weights(self._tested.get("bn_", self._tested[""]), "model")
-        best = max(self._tested, key=lambda prefix: row[f"{prefix}test_accuracy"])
+        kinds = [kind for kind in ("", "ema_") if kind in self._tested]
+        chosen = [f"bn_{kind}" if row.get(f"bn_{kind}chosen") else kind for kind in kinds]
+        self.folder.save_weights(self._tested[chosen[0]], "model")
+        best = max(chosen, key=lambda prefix: row[f"{prefix}test_accuracy"])
         accuracy = row[f"{best}test_accuracy"]
         if self.state.best is None or accuracy > self.state.best:
             self.state.best = accuracy
@@ -227,26 +262,26 @@ def evaluate(
     """
     config = run.config if run else Config()
     rank, world_size = (run.processes.rank, run.processes.world_size) if run else (0, 1)
+    batches = dataset.test_batches(batch_size, rank=rank, world_size=world_size, workers=config.workers)
+    return forward_all(model, batches, config.bf16).read(run.processes.sum if run else None)
+
+
+def forward_all(model: nn.Module, batches: Iterable[data.Batch], bf16: bool) -> Meter:
+    """Add up the losses and hits over some batches; leaves the model in evaluation mode.
+
+    Args:
+        model: the network.
+        batches: images and labels.
+        bf16: compute in bfloat16 where autocast says so.
+    """
     model.eval()
     meter = Meter()
     with torch.no_grad():
-        for images, labels in dataset.test_batches(
-            batch_size, rank=rank, world_size=world_size, workers=config.workers
-        ):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bf16):
+        for images, labels in batches:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                 logits = model(images)
             meter.add(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
-    return meter.read(run.processes.sum if run else None)
-
-
-def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the running statistics of all layers of batch normalisation, by their state_dict keys."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
-    return {
-        f"{name}.{key}" if name else key: layer.get_buffer(key).clone()
-        for name, layer in layers.items()
-        for key in ("running_mean", "running_var")
-    }
+    return meter
 
 
 def choose_device(name: str) -> torch.device:

@@ -7,11 +7,8 @@ resume.
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,15 +17,18 @@ from torch.optim import Optimizer
 import fastqat
 from fastqat.batch_norm import reestimated
 from fastqat.nn.calibrate import to_calibrate
+from fastqat.nn.coverage import coverage_of
 from fastqat.ops.checks import fail
 from fastqat.train.bit_width_search import adaqat
+from fastqat.train.bn_statistics import explanation, running_statistics
 from fastqat.train.config import Config
+from fastqat.train.coverage import check_share
 from fastqat.train.curves import draw_curves
 from fastqat.train.optimization import scale_optimizer, weight_optimizer
 from fastqat.train.progress import print_table, test_text
 from fastqat.train.quantization import prepare_as, quantizers
 from fastqat.train.quantized_training import QuantizedTraining
-from fastqat.train.run import Run, running_statistics
+from fastqat.train.run import Run
 from fastqat.train.run_folder import Row
 from fastqat.train.run_state import PHASES
 from fastqat.train.training import Training
@@ -42,8 +42,8 @@ class Trainer(Run):
     """
 
     def __init__(self, config: Config, resume: Path | None = None) -> None:
-        self.title = f"{config.data}, model {config.model}, {config.bit_widths}"
         super().__init__(config, resume)
+        self.title = f"{config.data}, model {config.model}, {config.bit_widths} of {self.coverage}"
 
     def run(self) -> list[Row]:
         """Run the phases that are left, and leave metrics, weights and curves in the folder.
@@ -56,7 +56,7 @@ class Trainer(Run):
             Interrupted: a signal stopped the run, which is saved.
             OSError: something could not be written; what there was is still there.
         """
-        if self.config.reestimate_bn != "never" and not self.reestimates and self.processes.main:
+        if self.config.reestimate_bn == "always" and not self.reestimates and self.processes.main:
             print(f"model {self.config.model} has no batch normalisation: nothing to re-estimate", flush=True)
         work = {"FP32": self.train_fp32, "PTQ": self.quantize, "QAT": self.train_quantized}
         with self.signals:
@@ -90,6 +90,9 @@ class Trainer(Run):
         elif lost := fastqat.report(self.model, zeros).never_ran:
             got = f"{self.config.model}, which never calls {', '.join(row.layer for row in lost)}"
             fail(ValueError, "model", "a network that calls all layers that are quantized", got)
+        self.coverage = coverage_of(self.model, zeros)
+        if not self.resumes:  # what was accepted once goes on
+            check_share(self.coverage, self.config.coverage)
         if self.config.adaqat:
             adaqat(self.config, self.model, zeros).remove()
         fastqat.remove(self.model)
@@ -114,22 +117,14 @@ class Trainer(Run):
 
     def calibrate(self) -> None:
         """Choose the ranges of the activations."""
-        fastqat.calibrate(self.model, self._calibration_batches(), distributed=False)
-
-    def _calibration_batches(self) -> Iterator[Any]:
-        # Every process takes these batches whole: the ranges come out equal, and as those of one process alone.
-        config = self.config
-        batches = self.data.train_batches(
-            config.batch_size, seed=config.seed, epoch=config.fp32_epochs, augment=False, workers=config.workers
-        )
-        return itertools.islice(batches, config.calibration_batches)
+        fastqat.calibrate(self.model, self.calibration_batches(), distributed=False)
 
     def _known_statistics(self) -> contextlib.AbstractContextManager[object]:
         """Context in which a network that nobody trained has statistics of BN as its first step will have them."""
         untrained = not (self.config.fp32_epochs or self.config.checkpoint)
         if not (untrained and running_statistics(self.model)):
             return contextlib.nullcontext()
-        return reestimated(self.model, self._calibration_batches(), self.config.calibration_batches)
+        return reestimated(self.model, self.calibration_batches(), self.config.calibration_batches)
 
     def train_quantized(self) -> Row | None:
         """Train weights and scales together (QAT); return the last row of the phase, None if it has no epochs."""
@@ -139,6 +134,8 @@ class Trainer(Run):
         if scales:  # ranges that follow the data are not learned
             optimizers.append(scale_optimizer(config, scales))
         row = self.fit("QAT", optimizers, config.epochs)
+        if row:
+            self.explain(row)
         self.enter("done")
         return row
 
@@ -147,7 +144,13 @@ class Trainer(Run):
         row = self.measure(phase)
         if self.processes.main:
             print(f"{phase}  {test_text(row)}", flush=True)
+        self.explain(row)
         return row
+
+    def explain(self, row: Row) -> None:
+        """Show why a row has two accuracies, where it has."""
+        if self.processes.main and (text := explanation(row)):
+            print(text, flush=True)
 
     def weights(self, scales: list[nn.Parameter]) -> list[nn.Parameter]:
         """Return the parameters of the network that are none of the quantizers'."""
