@@ -173,7 +173,7 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_its_projection() -> None:
         def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
             return nn.functional.linear(query, self.out_proj.weight), None
 
-    net = prepare(nn.ModuleList([Own(E, HEADS), nn.Linear(E, E)]), CONFIG)
+    net = prepare(nn.ModuleList([Own(E, HEADS), nn.Linear(E, E)]), CONFIG, coverage=None)
     assert len(quantizers(net)) == 2 and type(net[0].out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
     reasons = {row.layer: row.reason for row in fastqat.report(net).left_in_float}
     assert reasons["0"] == "Own has a forward of its own" and reasons["0.out_proj"].startswith(

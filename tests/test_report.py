@@ -107,7 +107,7 @@ class Mixed(nn.Module):
 
 def test_what_a_run_shows() -> None:
     """Calls of every quantizer, those that none reached, and the operations that stay in float."""
-    found = report(prepare(Mixed(), CONFIG), torch.randn(3, 4))
+    found = report(prepare(Mixed(), CONFIG, coverage=None), torch.randn(3, 4))
     assert {(row.layer, row.tensor): row.runs for row in found.quantizers} == {
         ("first", "weight"): 1,
         ("first", "input"): 1,
@@ -140,7 +140,9 @@ def test_what_a_run_shows() -> None:
 def test_a_run_leaves_no_trace() -> None:
     """State, modes, random numbers, hooks; also where an error ends it, and where quantizers are off."""
     for calibrated in (False, True):
-        net = prepare(Mixed(), QConfig(QSpec(4, 0, range="running_minmax"), QSpec(4, range="running_minmax")))
+        net = prepare(
+            Mixed(), QConfig(QSpec(4, 0, range="running_minmax"), QSpec(4, range="running_minmax")), coverage=None
+        )
         net.norm.eval()
         fastqat.fake_quant_enabled(net, False)
         if calibrated:
@@ -231,7 +233,9 @@ def test_a_run_of_a_compiled_model() -> None:
 
 def test_a_run_of_scripted_modules() -> None:
     """They take no hooks, and count as a part of what holds them."""
-    net = prepare(nn.Sequential(nn.Linear(4, 4), torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4))), CONFIG)
+    net = prepare(
+        nn.Sequential(nn.Linear(4, 4), torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4))), CONFIG, coverage=None
+    )
     net.append(torch.jit.script(nn.Linear(4, 4)))
     found = report(net, torch.randn(2, 4))
     assert [(row.layer, row.runs) for row in found.quantizers] == [("0", 1), ("0", 1)]
