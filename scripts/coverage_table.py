@@ -29,7 +29,7 @@ from third_party import Model, images, of_timm, of_transformers, why_not  # noqa
 
 import fastqat  # noqa: E402
 from fastqat import QConfig, QSpec  # noqa: E402
-from fastqat.nn.coverage import coverage, percent  # noqa: E402
+from fastqat.nn.coverage import coverage_of, percent  # noqa: E402
 
 CONFIG = QConfig(QSpec(4, 0, range="minmax"), QSpec(8))
 PAGE = ROOT / "docs" / "coverage.md"
@@ -240,7 +240,7 @@ def row_of(model: Model) -> Row:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fastqat.prepare(net, CONFIG, coverage=None)
-        return Row(model.package, model.name, coverage(net, inputs))
+        return Row(model.package, model.name, coverage_of(net, inputs))
 
 
 def rows(wanted: list[str]) -> Iterator[Row]:

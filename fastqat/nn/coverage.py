@@ -138,7 +138,7 @@ def _weights_of(layer: Any) -> list[nn.Parameter]:
     return layer.quantized_parameters() or [getattr(layer, name, None) for name in layer.weight_names]
 
 
-def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
+def coverage_of(model: nn.Module, example_inputs: Any = None) -> Coverage:
     """The share of a model that is quantized.
 
     Args:
@@ -219,12 +219,11 @@ def least_share(option: object) -> float | None:
     return None
 
 
-def check_coverage(model: nn.Module, example_inputs: Any, option: str | float | None) -> None:
-    """Warn, or raise a ValueError, where less of a prepared model is quantized than ``option`` wants.
+def check_coverage(model: nn.Module, example_inputs: Any, least: float | None, raises: bool = False) -> None:
+    """Warn, or raise a ValueError, where less of a prepared model is quantized than a share; None asks for none.
 
     Layers that the user's overrides left in float, and Parameters of one dimension, are not held against it.
     """
-    least = least_share(option)
     if least is None:
         return
     count = _Count(model, example_inputs)
@@ -246,7 +245,7 @@ def check_coverage(model: nn.Module, example_inputs: Any, option: str | float | 
     below = {noun: part / whole for noun, (part, whole) in shares.items() if whole and part < least * whole}
     if below:
         text = _text(below, least, [row for row in _left(count) if _is_large(row, count, excused)], example_inputs)
-        if option == "error":
+        if raises:
             raise ValueError(text)
         warnings.warn(text, stacklevel=3)  # of the caller of prepare
 
@@ -267,7 +266,8 @@ def _text(below: dict[str, float], least: float, left: list[LeftKind], example_i
         if example_inputs is not None:
             numbers += f", {row.multiplications:,} multiplications"
         kinds.append(f"{row.modules} x {row.kind} ({numbers}): {row.reason}")
+    named = "; ".join(kinds) or "other parameters of quantized layers"
     return (
-        f"coverage: wanted {percent(least)} quantized; got {got}. Largest kinds left in float: {'; '.join(kinds)}. "
-        "See fastqat.report(model, inputs); coverage=None takes the model as it is"
+        f"coverage: wanted {percent(least)} quantized; got {got}. Largest kinds left in float: {named}. "
+        "See fastqat.report(model, inputs); a lower share, or none, takes the model as it is"
     )

@@ -88,14 +88,14 @@ def prepare(
         UserWarning: too little is quantized (the message names the share, and the largest kinds left in float), or the
             first or the last layer, which first_last_bits are meant for, stays in float.
     """
-    least_share(coverage)
+    least, raises = least_share(coverage), coverage == "error"
     chosen = choose(model, config, first_last_bits, overrides)
     names = {module: found[0] for module, found in names_of_modules(model).items()}
     if any(is_twin(module) for module in model.modules()):
         _check_prepared_alike(chosen, names)
         _check_fused_alike(names, fuse_activations)
-        if coverage == "error":  # the warning was given
-            check_coverage(model, example_inputs, coverage)
+        if raises:  # a warning was given
+            check_coverage(model, example_inputs, least, raises)
         return model
     _check_not_parallel(names)
     configs = {layer: choice.config for layer, choice in chosen.items()}
@@ -122,7 +122,7 @@ def prepare(
                 _add(module, QConfig(None, None), {})  # its own forward would go past its projection
             guard_fused_kernels(module)
         fuse(found, names)
-        check_coverage(model, example_inputs, coverage)
+        check_coverage(model, example_inputs, least, raises)
     except BaseException:  # a class that cannot be changed, an attribute in the way, too little that is quantized
         remove(model)
         raise

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fastqat.nn.coverage import Coverage, reasons_in_float
-from fastqat.nn.coverage import coverage as coverage_of
+from fastqat.nn.coverage import Coverage, coverage_of, reasons_in_float
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.fuse import NOTE, FusedActivation
 from fastqat.nn.gradient import GradientFakeQuant

@@ -112,9 +112,8 @@ def prepare_as(config: Config, model: nn.Module, qconfig: fastqat.QConfig) -> No
     """
     edges, fuses = config.first_last_bits or None, config.fuse_activations
     overrides = _of_single_layers(config, model, qconfig)
-    # What a run says of its coverage, and accepts, is a matter of its own: fastqat.train.coverage.
-    options = {"overrides": overrides, "fuse_activations": fuses, "coverage": None}
-    fastqat.prepare(model, qconfig, first_last_bits=edges, **options)
+    # The run checks its coverage by itself, once.
+    fastqat.prepare(model, qconfig, first_last_bits=edges, overrides=overrides, fuse_activations=fuses, coverage=None)
 
 
 def _of_single_layers(config: Config, model: nn.Module, qconfig: fastqat.QConfig) -> dict[str, Any]:

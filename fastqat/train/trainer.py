@@ -17,12 +17,11 @@ from torch.optim import Optimizer
 import fastqat
 from fastqat.batch_norm import reestimated
 from fastqat.nn.calibrate import to_calibrate
-from fastqat.nn.coverage import coverage_of
+from fastqat.nn.coverage import check_coverage, coverage_of
 from fastqat.ops.checks import fail
 from fastqat.train.bit_width_search import adaqat
 from fastqat.train.bn_statistics import explanation, running_statistics
 from fastqat.train.config import Config
-from fastqat.train.coverage import check_share
 from fastqat.train.curves import draw_curves
 from fastqat.train.optimization import scale_optimizer, weight_optimizer
 from fastqat.train.progress import print_table, test_text
@@ -92,7 +91,7 @@ class Trainer(Run):
             fail(ValueError, "model", "a network that calls all layers that are quantized", got)
         self.coverage = coverage_of(self.model, zeros)
         if not self.resumes:  # what was accepted once goes on
-            check_share(self.coverage, self.config.coverage)
+            check_coverage(self.model, zeros, self.config.coverage or None, raises=True)
         if self.config.adaqat:
             adaqat(self.config, self.model, zeros).remove()
         fastqat.remove(self.model)
