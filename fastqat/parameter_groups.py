@@ -49,7 +49,7 @@ def parameter_groups(
     quantizer_rate = lr if quantizer_lr is None else quantizer_lr
     for name, value in {"lr": lr, "weight_decay": weight_decay, "quantizer_lr": quantizer_rate}.items():
         _check_rate(name, value)
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         "weights": {"params": [], "lr": lr, "weight_decay": weight_decay},
         "biases and norms": {"params": [], "lr": lr, "weight_decay": 0.0},
         "quantizers": {"params": [], "lr": quantizer_rate, "weight_decay": 0.0},
@@ -95,7 +95,7 @@ def _check_whole(name: str, parameter: nn.Parameter) -> None:
         checks.fail(ValueError, "model", "parameters of their own, as FSDP has with use_orig_params=True", got)
 
 
-def _check_rate(name: str, value: object) -> None:
+def _check_rate(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         return  # on a device, for graphs; reading it back would wait for the device
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -113,7 +113,7 @@ def prepare_as(config: Config, model: nn.Module, qconfig: fastqat.QConfig) -> No
     edges, fuses = config.first_last_bits or None, config.fuse_activations
     overrides = _of_single_layers(config, model, qconfig)
     # What a run says of its coverage, and accepts, is a matter of its own: fastqat.train.coverage.
-    options = {"overrides": overrides, "fuse_activations": fuses, "coverage": None}
+    options: dict[str, Any] = {"overrides": overrides, "fuse_activations": fuses, "coverage": None}
     fastqat.prepare(model, qconfig, first_last_bits=edges, **options)
 
 
