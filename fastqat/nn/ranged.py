@@ -317,6 +317,8 @@ class RangedQuantizer(FollowingRange):
         extremes = torch.stack([low, high])
         if not (extremes.isfinite() & (extremes != 0)).any():
             self._began_at_zero = of_weight
+            if of_weight and self.range_low is None:
+                self._wait_for_growth()
             return
         if not self.training:
             self._refuse_written()
@@ -338,10 +340,16 @@ class RangedQuantizer(FollowingRange):
                 self._write_codes()
         self._began_at_zero = False
         if bool(was_zero.any()):
-            self.growth = Growth(tuple(self.scale.shape), self.scale.device)
-            self.growth.growing.copy_(was_zero)
+            self._wait_for_growth().growing.copy_(was_zero)
             self.growing = True
             self._grow(x)
+
+    def _wait_for_growth(self) -> Growth:
+        """The state of growth, from when zeros are seen: what averages models pairs their tensors by order."""
+        if self.growth is None:
+            self.growth = Growth(tuple(self.scale.shape), self.scale.device)
+            self.growth.growing.fill_(True)
+        return self.growth
 
     def _grow(self, x: Tensor) -> None:
         """Give the growing channels the range of the weight x."""
@@ -355,7 +363,8 @@ class RangedQuantizer(FollowingRange):
             self.growth = Growth(tuple(growing.shape), self.qrange.device)
         super()._load_from_state_dict(state_dict, prefix, *others)
         if prefix + "scale" in state_dict:  # a network without growth has none to go on with
-            self.growing = growing is not None and bool(growing.any())
+            grows = growing is not None and bool(growing.any())
+            self.growing, self._began_at_zero = grows and self.initialized, grows and not self.initialized
             if growing is None and self.growth is not None:
                 self.growth.growing.zero_()
         elif not self.initialized:
