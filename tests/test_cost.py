@@ -83,8 +83,7 @@ def test_nothing_changes() -> None:
     cost(model, torch.randn(2, 3, 32, 32))
     assert model.training and torch.backends.mha.get_fastpath_enabled()
     assert {q.initialized for n, q in model.named_modules() if n.endswith("activation_fake_quant")} == {False}
-    after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_table_and_the_error() -> None:

@@ -244,7 +244,7 @@ def test_weights_that_are_tied_later() -> None:
     def two(**options: Any) -> nn.Sequential:
         net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         prepare(net, CONFIG, **options)
-        net[1]._parameters["weight"] = net[0].weight  # past the check of what is assigned
+        net[1]._parameters["weight"] = net[0].weight  # as code that asks no layer does
         return net
 
     def rows(*args: Any) -> list[tuple[str, str, str, int]]:

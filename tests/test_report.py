@@ -161,7 +161,7 @@ def test_a_run_leaves_no_trace() -> None:
             assert torch.equal(torch.get_rng_state(), seed)
             assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
             assert net.state_dict().keys() == state.keys()
-            assert all(torch.equal(v, net.state_dict()[k]) for k, v in state.items())
+            torch.testing.assert_close(dict(net.state_dict()), dict(state), rtol=0, atol=0, equal_nan=True)
             found = [{k: str(v) for k, v in m.__dict__.items() if not k.startswith("_")} for m in net.modules()]
             assert found == attributes
         with torch.no_grad():

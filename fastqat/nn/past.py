@@ -13,12 +13,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastqat.nn.fake_quant import FakeQuant
+from fastqat.nn.following_weight import COMPUTED
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.layers import QuantizedLayer
 from fastqat.nn.observe import RunningModules, eagerly, evaluating, nothing_changes, run_inputs
 from fastqat.nn.selection import names_of_modules
 from fastqat.nn.sharded import is_sharded
-from fastqat.nn.twins import original_class
+from fastqat.nn.twins import form_of_weight, original_class
 
 HOLDS = "holds it"  # a module in float, which was not seen to read it
 TWO = "has another quantizer for it"
@@ -90,8 +91,10 @@ def _other_holders(
     names: dict[nn.Module, list[str]], owners: dict[nn.Parameter, dict[nn.Module, FakeQuant]]
 ) -> Iterator[tuple[nn.Parameter, nn.Module, str]]:
     for weight, layers in owners.items():
-        first = next(iter(layers.values()))
-        yield from ((weight, layer, TWO) for layer, quantizer in layers.items() if quantizer is not first)
+        # What a forward computes of a weight has a quantizer of its own by right.
+        known = {layer: quantizer for layer, quantizer in layers.items() if form_of_weight(layer) != COMPUTED}
+        first = next(iter(known.values()), None)
+        yield from ((weight, layer, TWO) for layer, quantizer in known.items() if quantizer is not first)
     one_of = {memory_of(p): p for p in owners}
     for module in names:
         for held in module._parameters.values():
