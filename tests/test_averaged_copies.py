@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import fastqat
-from fastqat import FakeQuant, Oscillation, QConfig, QSpec
+from fastqat import Oscillation, QConfig, QSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
