@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -50,6 +51,21 @@ def backend(request: pytest.FixtureRequest):
         pytest.skip(f"backend {request.param}: {state}")
     with select.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def process_group():
+    """Be the only process of a gloo group.
+
+    What the test made is gone before the group is: a wrapper that goes last joins gloo's threads, and holds Python's
+    lock, which their last piece of work may still want.
+    """
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    gc.collect()
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -464,4 +464,65 @@ PLANTS = (
         CUDA_VALUES,
         (CUDA_REDUCE, "distance, lanes)", "distance, lanes / 2)"),
     ),
+    plant(
+        "an optimizer that another one calls counts too",
+        ("tests/test_clock.py",),
+        (
+            "fastqat/nn/clock.py",
+            "others = {id(clock) for outer in running_steps(optimizer) for clock in _owned_by(outer)}",
+            "others: set[int] = set()",
+        ),
+    ),
+    plant(
+        "two optimizers of one iteration are two steps",
+        ("tests/test_clock.py",),
+        ("fastqat/nn/clock.py", "or task != -1 or not self._stepped or optimizer in self._stepped)", "or True)"),
+    ),
+    plant(
+        "averaged integers are taken as they are",
+        ("tests/test_averaged_copies.py", "-k", "integers and frozen"),
+        ("fastqat/nn/copied.py", "    if counts[4] != SEAL:\n", "    if False:\n"),
+    ),
+    plant(
+        "frozen codes that an average left behind are taken as they are",
+        ("tests/test_averaged_copies.py", "-k", "behind"),
+        ("fastqat/nn/copied.py", "    if stale and tracker.options.freezes:\n", "    if False:\n"),
+    ),
+    plant(
+        "a product takes the weight of an own forward in float",
+        ("tests/test_own_forward.py", "-k", "values"),
+        (
+            "fastqat/nn/own_forward.py",
+            "            weight = layer.quantized_weight(device_type)\n",
+            "            weight = tensor\n",
+        ),
+    ),
+    plant(
+        "a standardized weight is not quantized",
+        ("tests/test_own_forward.py", "-k", "values"),
+        (
+            "fastqat/nn/own_forward.py",
+            "        value = self.layer.quantized_as_computed(tensor, place)\n",
+            "        value = tensor\n",
+        ),
+    ),
+    plant(
+        "a weight leaves the model though a function reads it past its quantizer",
+        ("tests/test_leaving.py", "-k", "function"),
+        ("fastqat/nn/quantized_values.py", "        _refuse_reader(read)\n", "        pass\n"),
+    ),
+    plant(
+        "products of two activations count as quantized",
+        ("tests/test_coverage.py", "-k", "two_activations"),
+        (
+            "fastqat/nn/coverage.py",
+            "    macs = sum(count.products.values())\n    taken",
+            "    macs = sum(n for product, n in count.products.items() if product.of_weight)\n    taken",
+        ),
+    ),
+    plant(
+        "what a dict does not mention is forgotten",
+        ("tests/test_partial_loads.py", "-k", "one_bias"),
+        ("fastqat/nn/state.py", "        if left_out:\n            return\n", ""),
+    ),
 )

@@ -295,14 +295,11 @@ def test_wrong_arguments() -> None:
         fastqat.compress_saved_activations(model, activations=False, masks=False)
 
 
-def test_data_parallel(tmp_path: Any) -> None:
+@pytest.mark.usefixtures("process_group")
+def test_data_parallel() -> None:
     """Within DistributedDataParallel."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        plain = prepared(network(), *batches(1), learn="scale")
-        less = copy.deepcopy(plain)
-        fastqat.compress_saved_activations(less)
-        states = [trained(m, batches(2), nn.parallel.DistributedDataParallel(m)) for m in (plain, less)]
-        assert_same(states[1], states[0])
-    finally:
-        torch.distributed.destroy_process_group()
+    plain = prepared(network(), *batches(1), learn="scale")
+    less = copy.deepcopy(plain)
+    fastqat.compress_saved_activations(less)
+    states = [trained(m, batches(2), nn.parallel.DistributedDataParallel(m)) for m in (plain, less)]
+    assert_same(states[1], states[0])

@@ -204,20 +204,17 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_distributed_data_parallel(tmp_path: Any) -> None:
+@pytest.mark.usefixtures("process_group")
+def test_distributed_data_parallel() -> None:
     """One process of DDP: the same gradients as without."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        net = nn.Sequential(nn.Linear(6, 4), FakeQuant(4, learn="scale"))
-        net(X)
-        twin = copy.deepcopy(net)
-        parallel = nn.parallel.DistributedDataParallel(net)
-        for module in (parallel, twin):
-            module(X).square().sum().backward()
-        assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
-        assert {"step", "qrange"} <= {n.split(".")[-1] for n, _ in net.named_buffers()}
-    finally:
-        torch.distributed.destroy_process_group()
+    net = nn.Sequential(nn.Linear(6, 4), FakeQuant(4, learn="scale"))
+    net(X)
+    twin = copy.deepcopy(net)
+    parallel = nn.parallel.DistributedDataParallel(net)
+    for module in (parallel, twin):
+        module(X).square().sum().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
+    assert {"step", "qrange"} <= {n.split(".")[-1] for n, _ in net.named_buffers()}
 
 
 def test_switches() -> None:

@@ -303,24 +303,18 @@ def test_ways_that_bring_their_range() -> None:
     assert torch.equal(fresh(torch.ones(2)), 2 + fresh.bias)
 
 
+@pytest.mark.usefixtures("process_group")
 def test_sharded_weights_come_and_go() -> None:
     """FSDP2 assigns the part and the whole of a weight in turn."""
-    distributed = torch.distributed
-    if not distributed.is_available() or distributed.is_initialized():
-        pytest.skip("needs a process group of its own")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        plain, x = linear(), torch.randn(4, 6)
-        sharded: Any = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (1,)))
-        for net in (plain, sharded):
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-            for _ in range(2):
-                net(x).square().sum().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        assert torch.equal(plain(x), sharded(x))
-    finally:
-        distributed.destroy_process_group()
+    plain, x = linear(), torch.randn(4, 6)
+    sharded: Any = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (1,)))
+    for net in (plain, sharded):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in range(2):
+            net(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(plain(x), sharded(x))

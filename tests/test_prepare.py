@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -354,17 +353,14 @@ def test_quantizer_parameters() -> None:
     assert fastqat.quantizer_parameters(prepare(Net(), CONFIG)) == []
 
 
-def test_prepare_comes_before_data_parallel(tmp_path: Any) -> None:
+@pytest.mark.usefixtures("process_group")
+def test_prepare_comes_before_data_parallel() -> None:
     """Wrapped before, the processes would not share the gradients of the scales."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
-    try:
-        net = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
-        with pytest.raises(ValueError, match="model: wanted one .* got DistributedDataParallel at '1'$"):
-            prepare(nn.Sequential(nn.Linear(3, 3), net), CONFIG)
-        assert type(net.module) is nn.Linear
-        prepare(nn.parallel.DistributedDataParallel(prepare(nn.Linear(3, 2), CONFIG)), CONFIG)
-    finally:
-        dist.destroy_process_group()
+    net = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="model: wanted one .* got DistributedDataParallel at '1'$"):
+        prepare(nn.Sequential(nn.Linear(3, 3), net), CONFIG)
+    assert type(net.module) is nn.Linear
+    prepare(nn.parallel.DistributedDataParallel(prepare(nn.Linear(3, 2), CONFIG)), CONFIG)
 
 
 @pytest.mark.parametrize("surroundings", (torch.inference_mode, lambda: torch.device("meta")))

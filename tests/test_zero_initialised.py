@@ -294,31 +294,25 @@ def test_another_bit_width() -> None:
     torch.testing.assert_close(fq.scale, torch.tensor([0.7 / 3]))
 
 
+@pytest.mark.usefixtures("process_group")
 def test_sharded() -> None:
     """FSDP2 keeps a part of each scale between forward passes: what a forward has written is put into that."""
-    distributed = torch.distributed
-    if not distributed.is_available() or distributed.is_initialized():
-        pytest.skip("needs a process group of its own")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        plain, wanted = adapter(QSpec(4, 0, learn="scale"))
-        sharded: Any = copy.deepcopy(plain)
-        fully_shard(sharded[1], mesh=init_device_mesh("cpu", (1,)))
-        for net in (plain, sharded):
-            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
-            for _ in range(4):
-                optimizer.zero_grad()
-                loss_of(net, wanted, torch.Generator().manual_seed(2)).backward()
-                optimizer.step()
-                fastqat.step(net)
-        scale = sharded[1].weight_fake_quant.scale.full_tensor()
-        assert torch.equal(scale, plain[1].weight_fake_quant.scale)
-        assert torch.equal(sharded.eval()(torch.eye(WIDTH)), plain.eval()(torch.eye(WIDTH)))
-    finally:
-        distributed.destroy_process_group()
+    plain, wanted = adapter(QSpec(4, 0, learn="scale"))
+    sharded: Any = copy.deepcopy(plain)
+    fully_shard(sharded[1], mesh=init_device_mesh("cpu", (1,)))
+    for net in (plain, sharded):
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss_of(net, wanted, torch.Generator().manual_seed(2)).backward()
+            optimizer.step()
+            fastqat.step(net)
+    scale = sharded[1].weight_fake_quant.scale.full_tensor()
+    assert torch.equal(scale, plain[1].weight_fake_quant.scale)
+    assert torch.equal(sharded.eval()(torch.eye(WIDTH)), plain.eval()(torch.eye(WIDTH)))
 
 
 def test_looks_are_few() -> None:
