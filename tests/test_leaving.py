@@ -19,6 +19,8 @@ import fastqat
 from fastqat import Oscillation, QConfig, QSpec
 from fastqat.quantizers import dorefa_weight
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = QConfig(QSpec(4, 0), None)
 QUANTIZED = "keep='quantized'"
 

@@ -12,6 +12,8 @@ from torch import nn
 import fastqat
 from fastqat import FakeQuant, QConfig, QSpec, parameter_groups
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class RMSNorm2d(nn.Module):
     """A normalisation that torch does not know, with a weight of three dimensions."""

@@ -13,6 +13,8 @@ from torch import nn
 import fastqat
 from fastqat import QConfig, QSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEARNED = QConfig(QSpec(4, 0, learn="scale"), QSpec(4, learn="scale"))
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import fastqat
 from fastqat import FakeQuant, QConfig, QSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTH, RANK = 16, 4
 
 
