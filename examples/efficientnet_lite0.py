@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastqat
+from fastqat.batch_norm import reestimated
 
 SIZE = 224
 
@@ -132,6 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("val", type=Path, help="folder of images to test with")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--bits-weight", type=int, default=4)
     given = parser.parse_args(arguments)
     training, tests = find(given.train), find(given.val)
     size = min(given.batch_size, len(training))
@@ -140,15 +142,23 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"float: {accuracy(model, tests, size):.1%}", flush=True)
     batches = shuffled(training, size)
     few = [next(batches)[0] for _ in range(4)]
-    quantize(model, few)
-    bits = f"W4A8 of {fastqat.report(model, few[0][:1]).coverage}"
-    print(f"{bits}, calibrated: {accuracy(model, tests, size):.1%}", flush=True)
+    quantize(model, few, given.bits_weight)
+    bits = f"W{given.bits_weight}A8 of {fastqat.report(model, few[0][:1]).coverage}"
+
+    def show(stage: str) -> None:
+        """Print the accuracy with the statistics of batch normalisation that there are, and with re-estimated ones."""
+        before = accuracy(model, tests, size)
+        with reestimated(model, [next(batches)[0] for _ in range(16)]):
+            print(
+                f"{bits}, {stage}: {before:.1%}, with re-estimated statistics {accuracy(model, tests, size):.1%}",
+                flush=True,
+            )
+
+    show("calibrated")
     started = time.monotonic()
     train(model, batches, given.steps)
     print(f"{given.steps} steps took {time.monotonic() - started:.0f} s", flush=True)
-    print(f"{bits}, trained: {accuracy(model, tests, size):.1%}", flush=True)
-    fastqat.reestimate_bn(model, [next(batches)[0] for _ in range(16)])
-    print(f"{bits}, trained, re-estimated batch normalisation: {accuracy(model, tests, size):.1%}", flush=True)
+    show("trained")
 
 
 if __name__ == "__main__":
