@@ -29,7 +29,10 @@ _warned_loads: dict[str, list[str]] = {}  # kind of warning -> the load_state_di
 
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written in place; -1 of inference, which does not count it."""
-    return -1 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1
 
 
 class QuantizerState(Timed):
