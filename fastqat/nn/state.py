@@ -212,10 +212,10 @@ class QuantizerState(Timed):
                 return cast, f"{name}: wanted {own.dtype}, as it was saved; got {came.dtype}"
             cast[prefix + name] = kept = came.to(own.dtype)
             has_range = name != "scale" or not bool(kept.isnan().all())
-            usable = kept.isfinite() & ((kept > 0) | (name != "scale"))
+            usable = kept.isfinite() & ((kept != 0) | (name != "scale"))  # one that was learned may be below zero
             if name in FINITE and has_range and not (kept.is_meta or bool(usable.all())):
-                wanted = "positive and finite" if name == "scale" else "finite"
-                return cast, f"{name}: wanted {wanted} values; got others, of a dict that was cast to {came.dtype}"
+                wanted = "finite values other than 0" if name == "scale" else "finite values"
+                return cast, f"{name}: wanted {wanted}; got others, of a dict that was cast to {came.dtype}"
         return cast, ""
 
     def _take(
