@@ -233,7 +233,7 @@ class ModelClock(Clock):
             return False
         if y.grad_fn is not None and not self.has_come_back:
             return True
-        return self._gradient is not None and self._gradient.now(root) == self._gradient.count + PATIENCE - 2
+        return self._gradient is not None and self._gradient.now(root) == self._gradient.writes + PATIENCE - 2
 
     def is_owned_by(self, optimizer: Optimizer) -> bool:
         """True if the optimizer, which has made a step, trains a parameter of the model as it is now."""

@@ -47,12 +47,12 @@ class GradientWrites(NamedTuple):
 
     Args:
         path, name: as of :class:`Place`.
-        count: of writes.
+        writes: that many so far.
     """
 
     path: tuple[str, ...]
     name: str
-    count: int
+    writes: int
 
     @classmethod
     def of(cls, root: nn.Module) -> GradientWrites | None:
@@ -61,7 +61,7 @@ class GradientWrites(NamedTuple):
         return next((cls(path, name, gradient._version) for path, name, gradient in found), None)
 
     def now(self, root: nn.Module) -> int:
-        """The count by now; -1 where there is no gradient any more."""
+        """That many by now; -1 where there is no gradient any more."""
         module: nn.Module | None = root
         for child in self.path:
             module = None if module is None else module._modules.get(child)
