@@ -64,7 +64,8 @@ class AveragedModel(swa_utils.AveragedModel):
         if isinstance(decay, bool) or not 0 <= decay <= 1:
             checks.fail(ValueError, "decay", "a number in 0..1", decay)
         super().__init__(_unwrapped(model), device=device, use_buffers=True)  # type: ignore[arg-type]  # takes a name
-        self.module.requires_grad_(False)
+        for parameter in self.module.parameters():
+            parameter.requires_grad = False  # the method refuses a scale whose channels are not known yet
         self.decay, self.warmup = decay, warmup
         self._updates: int | None = 0  # n_averaged, which is on a device; None where that was loaded
 

@@ -313,3 +313,24 @@ def test_of_timm() -> None:
     assert_right(third.module, net)
     with pytest.raises(ValueError, match="quantizer of layer '0': qrange"):
         second.module.eval()
+
+
+def test_a_copy_of_scales_whose_channels_are_not_known() -> None:
+    """The copy may be made before the first batch says how many channels an activation has."""
+    torch.manual_seed(1)
+    activation = QSpec(bits=4, axis=1, range="running_minmax", symmetric=False)
+    net = fastqat.prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), QConfig(QSpec(3, 0), activation))
+    average = fastqat.AveragedModel(net, decay=0.9)
+    assert not any(p.requires_grad for p in average.parameters())
+    train(net, average.update_parameters)
+    assert not any(p.requires_grad for p in average.parameters())
+    x = X
+    for layer in (average.module[0], average.module[2]):  # type: ignore[index]
+        q, scale = layer.activation_fake_quant, layer.activation_fake_quant.scale
+        low, high = q.qrange.tolist()
+        zero = q.zero_point.round().clamp(low, high)
+        x = scale * (((x / scale).round() + zero).clamp(low, high) - zero)
+        steps = layer.weight_fake_quant.scale[:, None]
+        x = nn.functional.linear(x, steps * (layer.weight / steps).round().clamp(-4, 3), layer.bias)
+        x = x.relu() if layer is average.module[0] else x  # type: ignore[index]
+    assert torch.allclose(average.eval()(X), x, atol=1e-6)

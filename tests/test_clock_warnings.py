@@ -90,6 +90,40 @@ def test_no_warning(use: Callable[[nn.Module], None]) -> None:
     train(net, lambda x: use(net), 2 * PATIENCE)
 
 
+def accumulated(net: nn.Module) -> None:
+    net(X[0]).square().mean().backward()
+
+
+def without_a_backward_pass(net: nn.Module) -> None:
+    net(X[0]).detach()
+
+
+@pytest.mark.parametrize("use", (accumulated, without_a_backward_pass))
+@pytest.mark.parametrize("name", ("tracking", "noise"))
+def test_forwards_that_want_no_step(use: Callable[[nn.Module], None], name: str) -> None:
+    """Gradients that pile up over many batches, and a generator whose critic trains."""
+    net = network(NEEDY[name])
+    train(net, lambda x: use(net), 4 * PATIENCE)
+    with pytest.warns(UserWarning, match="time stands still"):  # by an optimizer that nobody sees
+        for _ in range(2 * PATIENCE):
+            backward(net, X[0])
+
+
+@pytest.mark.parametrize("to_none", (True, False))
+@pytest.mark.parametrize("before", (True, False))
+def test_gradients_that_are_cleared_in_other_ways(to_none: bool, before: bool) -> None:
+    """An optimizer that nobody sees is said, however it clears gradients: before the forward pass or after it."""
+    net = network(NEEDY["tracking"])
+    with pytest.warns(UserWarning, match="time stands still"):
+        for _ in range(PATIENCE + 1):
+            if before:
+                net.zero_grad(to_none)
+            loss = net(X[0]).square().mean()
+            if not before:
+                net.zero_grad(to_none)
+            loss.backward()
+
+
 def test_a_warning_of_compiled_forwards() -> None:
     """A model that gets gradients, while the steps of optimizers that own nothing of it go by."""
     net = network(NOISY)

@@ -70,6 +70,14 @@ def _two_optimizers(net: Any) -> Callable[[], object]:
     return lambda: (weights.step(), scales.step())
 
 
+def _later(net: Any) -> Callable[[], object]:
+    """The scales have a warm-up in which only weights are trained."""
+    weights = torch.optim.SGD(weights_of(net), lr=0.01)
+    scales = torch.optim.SGD(fastqat.quantizer_parameters(net), lr=0.01)
+    steps = iter((weights, weights, weights, scales))
+    return lambda: next(steps).step()
+
+
 def _frozen(net: Any) -> Callable[[], object]:
     for scale in fastqat.quantizer_parameters(net):
         scale.requires_grad_(False)
@@ -95,7 +103,7 @@ def _flat(net: Any) -> Callable[[], object]:
     return torch.optim.SGD([*weights_of(net), nn.Parameter(buffer)], lr=0.01).step
 
 
-@pytest.mark.parametrize("way", (_together, _two_optimizers, _frozen, _without_gradient, _flat))
+@pytest.mark.parametrize("way", (_together, _two_optimizers, _later, _frozen, _without_gradient, _flat))
 def test_no_false_alarm(way: Callable[[Any], Callable[[], object]]) -> None:
     """Scales in an optimizer of their own or in a flat buffer, not to be learned, or without a gradient."""
     net = learned()

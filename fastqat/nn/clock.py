@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastqat.nn.optimizer_steps import number_of_changes, running_steps
-from fastqat.nn.owner import Absence, Place, common_place, has_gradients, looks_of
+from fastqat.nn.owner import Absence, GradientWrites, Place, common_place, has_gradients, looks_of
 from fastqat.nn.unowned_scales import warn_of_unowned_scales
 
 if TYPE_CHECKING:
@@ -39,10 +39,11 @@ _hook: Any = None
 class _Pass:
     """Hook of a tensor: alive and not done while the pass that made it may go on, and call the same layer again."""
 
-    is_done = False
+    def __init__(self, clock: Clock) -> None:
+        self.is_done, self._clock = False, clock
 
     def __call__(self, gradient: Tensor) -> None:
-        self.is_done = True
+        self.is_done = self._clock.has_come_back = True
 
 
 class Clock:
@@ -63,6 +64,7 @@ class Clock:
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since it last moved, with who moved it
         self._first: weakref.ref[Timed] | None = None  # the quantizer whose forward passes are counted
         self._forwards = 0
+        self.has_come_back = False  # a backward pass has reached one of them
         self._pass: weakref.ref[_Pass] | None = None  # the one that was counted last
         self._idle = 0  # forward passes of quantizers that need no time, before the first of one that does
         self._backward = -1  # the backward pass whose hooks moved it last
@@ -119,12 +121,18 @@ class Clock:
         if first is not quantizer or (under_way is not None and not under_way.is_done):
             return
         if y.grad_fn is not None:
-            mark = _Pass()
+            mark = _Pass(self)
             y.register_hook(mark)
             self._pass = weakref.ref(mark)
         self._forwards += 1
-        if self._forwards >= PATIENCE:
+        if self._may_stand_still(y):
+            self._forwards, self.has_come_back = 0, False
+        elif self._forwards >= PATIENCE:
             self._warn(quantizer)
+
+    def _may_stand_still(self, y: Tensor) -> bool:
+        """True if the forward passes that were counted are no reason for a step."""
+        return False
 
     def name_of(self, quantizer: Timed) -> str:
         """Name of a quantizer, for messages."""
@@ -196,6 +204,7 @@ class ModelClock(Clock):
         super().__init__()
         self._root = weakref.ref(root)
         self._foreign_steps = 0
+        self._gradient: GradientWrites | None = None  # after the first forward pass that was counted
         self._known: weakref.WeakKeyDictionary[Optimizer, Place | Absence] = weakref.WeakKeyDictionary()
         _models.add(self)
         _listen()
@@ -214,6 +223,17 @@ class ModelClock(Clock):
         root = self.root
         names = () if root is None else (name for name, module in root.named_modules() if module is quantizer)
         return next(iter(names), super().name_of(quantizer))
+
+    def _may_stand_still(self, y: Tensor) -> bool:
+        """True if no backward pass has come of all forward passes, or if gradients pile up as nobody clears them."""
+        root = self.root
+        if self._forwards == 2:
+            self._gradient = None if root is None else GradientWrites.of(root)
+        if self._forwards < PATIENCE or root is None:
+            return False
+        if y.grad_fn is not None and not self.has_come_back:
+            return True
+        return self._gradient is not None and self._gradient.now(root) == self._gradient.writes + PATIENCE - 2
 
     def is_owned_by(self, optimizer: Optimizer) -> bool:
         """True if the optimizer, which has made a step, trains a parameter of the model as it is now."""

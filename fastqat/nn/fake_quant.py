@@ -127,7 +127,7 @@ class FakeQuant(SizedQuantizer):
     @property
     def is_following(self) -> bool:
         """True if a forward would move the range with the data."""
-        return self.range_low is not None and self.observer_enabled and self.training
+        return self.training and self.observer_enabled and self._buffers["range_low"] is not None
 
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None, keep: Keep | None = None) -> Tensor:
         """Quantize-dequantize x.
@@ -159,7 +159,8 @@ class FakeQuant(SizedQuantizer):
         if ready and self.normalize == "tanh":
             return dorefa_fake_quantize(x, self.qrange[1:], self.rescale, out_dtype)
         y = self._quantized(x, clip, ready, out_dtype, keep)
-        y = self.in_units(y) if ready else y
+        if ready and self.normalize == "range":
+            y = self.in_units(y)
         if is_counted:
             self.clock.count_forward(self, y)
         return y

@@ -30,8 +30,9 @@ def quantize_in_one_pass(
     quantizer.checked_axis(x)
     scale: Tensor = quantizer.scale
     zero_point: Tensor | None = quantizer.zero_point
-    gathers = quantizer.is_following and quantizer.new_low is not None
-    if quantizer.is_following:
+    is_following = quantizer.is_following
+    gathers = is_following and quantizer.new_low is not None
+    if is_following:
         scale, zero_point = quantizer.grid_for(x if gathers else activated(x.detach(), clip), gathers)
     learned = autograd.needs_grad(scale, scale, zero_point, quantizer.offset)
     pact = learned and quantizer.has_pact_gradients

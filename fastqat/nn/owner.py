@@ -42,6 +42,33 @@ class Place(NamedTuple):
         )
 
 
+class GradientWrites(NamedTuple):
+    """How often the gradient of a parameter was written: once a backward pass where it piles up, more if it is cleared.
+
+    Args:
+        path, name: as of :class:`Place`.
+        writes: that many so far.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    writes: int
+
+    @classmethod
+    def of(cls, root: nn.Module) -> GradientWrites | None:
+        """Those of the first parameter that has a gradient now."""
+        found = ((path, name, p.grad) for path, name, p in _places(root) if p.grad is not None)
+        return next((cls(path, name, gradient._version) for path, name, gradient in found), None)
+
+    def now(self, root: nn.Module) -> int:
+        """That many by now; -1 where there is no gradient any more."""
+        module: nn.Module | None = root
+        for child in self.path:
+            module = None if module is None else module._modules.get(child)
+        parameter = None if module is None else module._parameters.get(self.name)
+        return -1 if parameter is None or parameter.grad is None else parameter.grad._version
+
+
 class Absence(NamedTuple):
     """What an optimizer that owned nothing of a model looked like, and for how many steps that was so."""
 

@@ -29,7 +29,10 @@ _warned_loads: dict[str, list[str]] = {}  # kind of warning -> the load_state_di
 
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written in place; -1 of inference, which does not count it."""
-    return -1 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1
 
 
 class QuantizerState(Timed):
@@ -209,10 +212,10 @@ class QuantizerState(Timed):
                 return cast, f"{name}: wanted {own.dtype}, as it was saved; got {came.dtype}"
             cast[prefix + name] = kept = came.to(own.dtype)
             has_range = name != "scale" or not bool(kept.isnan().all())
-            usable = kept.isfinite() & ((kept > 0) | (name != "scale"))
+            usable = kept.isfinite() & ((kept != 0) | (name != "scale"))  # one that was learned may be below zero
             if name in FINITE and has_range and not (kept.is_meta or bool(usable.all())):
-                wanted = "positive and finite" if name == "scale" else "finite"
-                return cast, f"{name}: wanted {wanted} values; got others, of a dict that was cast to {came.dtype}"
+                wanted = "finite values other than 0" if name == "scale" else "finite values"
+                return cast, f"{name}: wanted {wanted}; got others, of a dict that was cast to {came.dtype}"
         return cast, ""
 
     def _take(

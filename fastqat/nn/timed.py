@@ -54,7 +54,7 @@ class Timed(nn.Module):
         Returns:
             True if the clock wants to count it, by the tensor that comes out.
         """
-        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+        if not self.training or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return False
         if torch._C._current_graph_task_id() != -1:  # a backward pass that computes a forward again
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def warn_of_unowned_scales(quantizers: Iterable[Any], optimizer: torch.optim.Optimizer) -> None:
-    """Warn once of scales that are to be learned, have a gradient, and are in no optimizer that has stepped.
+    """Warn once of scales that are to be learned, have a gradient, and are in no optimizer.
 
     Called after each step of any optimizer; what it finds is kept, so that a quantizer is looked at a few times only.
 
@@ -41,8 +42,9 @@ def warn_of_unowned_scales(quantizers: Iterable[Any], optimizer: torch.optim.Opt
                 unowned.append(quantizer)
     if not unowned:
         return
-    owned = {key for o in _stepped for group in o.param_groups for p in group["params"] for key in _keys(p)}
-    unowned = [q for q in unowned if not any(key in owned for key in _keys(q.scale))]
+    unowned = _not_in(_stepped, unowned)
+    if unowned:  # one that steps later in the training has not been seen: look for it, once
+        unowned = _not_in([o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)], unowned)
     if unowned:
         warnings.warn(
             f"quantizer of layer {unowned[0].layer_name or '?'!r}: wanted its learned scale in an optimizer; got "
@@ -51,6 +53,13 @@ def warn_of_unowned_scales(quantizers: Iterable[Any], optimizer: torch.optim.Opt
             "fastqat.quantizer_parameters(model); scale.requires_grad_(False) says that one is not to be learned",
             stacklevel=2,
         )
+
+
+def _not_in(optimizers: Iterable[torch.optim.Optimizer], quantizers: list[Any]) -> list[Any]:
+    """The quantizers whose scale no optimizer holds."""
+    groups = (group for o in optimizers for group in o.__dict__.get("param_groups", ()))
+    owned = {key for group in groups for p in group["params"] for key in _keys(p)}
+    return [q for q in quantizers if not any(key in owned for key in _keys(q.scale))]
 
 
 def _keys(parameter: Tensor) -> Iterator[object]:
