@@ -250,7 +250,8 @@ class ModelClock(Clock):
             return True
         if isinstance(known, Absence) and known.params == looks_of(optimizer):
             # A model that trains and that no other optimizer owns is looked through each time.
-            unclaimed = self.ran and self.is_waiting and not any(isinstance(k, Place) for k in self._known.values())
+            trains = root.training and self.ran and self.is_waiting
+            unclaimed = trains and not any(isinstance(k, Place) for k in self._known.values())
             if known.steps % _RECHECK and not unclaimed:
                 self._known[optimizer] = known._replace(steps=known.steps + 1)
                 return False
