@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,8 +49,10 @@ def quantize(model: nn.Module, images: list[Tensor], weight_bits: int = 4, activ
         images: batches, [N, 3, H, W].
         weight_bits, activation_bits: of all other layers.
     """
-    weight = fastqat.QSpec(bits=weight_bits, axis=0, range="mse", learn="scale")
-    activation = fastqat.QSpec(bits=activation_bits, range="mse", learn="scale")
+    # Without the factor of LSQ a scale of 8 bits, which is small, gets steps that are larger than itself.
+    options: dict[str, Any] = {"range": "mse", "learn": "scale", "grad_scale": "lsq"}
+    weight = fastqat.QSpec(bits=weight_bits, axis=0, **options)
+    activation = fastqat.QSpec(bits=activation_bits, **options)
     config = fastqat.QConfig(weight=weight, activation=activation)
     fastqat.prepare(model, config, first_last_bits=8, coverage="error", example_inputs=images[0][:1])
     fastqat.calibrate(model, images)
