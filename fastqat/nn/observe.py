@@ -131,7 +131,33 @@ class RunningModules:
         self.stack.pop()  # without a result: a hook's replaces the module's output
 
 
-class FloatOperations(TorchFunctionMode):
+class ModuleAwareMode(TorchFunctionMode):
+    """Base of modes that see each function of torch, and know the modules whose forward is running.
+
+    Args:
+        model: whose modules are watched.
+
+    Attributes:
+        running: the modules, outermost first.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.modules = RunningModules(model)
+        self.running = self.modules.stack
+
+    def __enter__(self) -> Any:
+        self.modules.__enter__()
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self.modules.__exit__(kind, error, trace)
+
+
+class FloatOperations(ModuleAwareMode):
     """Counts sums and products of floating tensors that no layer with a twin computes, while its ``with`` block runs.
 
     Those are what stays in float between quantized layers: residual additions, products of attention, and functions
@@ -145,20 +171,8 @@ class FloatOperations(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__(model)
         self.count: Counter[tuple[nn.Module, str]] = Counter()
-        self.modules = RunningModules(model)
-        self.running = self.modules.stack
-
-    def __enter__(self) -> FloatOperations:
-        self.modules.__enter__()
-        return super().__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        self.modules.__exit__(kind, error, trace)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -203,3 +217,11 @@ def nothing_changes(quantizers: Iterable[Any]) -> Iterator[None]:
 
 def _pass(x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     return x if out_dtype is None else x.to(out_dtype)
+
+
+def storage_of(x: Tensor) -> int:
+    """The same number for tensors that share memory; that of the tensor itself where it has none to share."""
+    try:
+        return int(x.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a tensor without one, as sparse ones are
+        return -id(x)

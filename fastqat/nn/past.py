@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.following_weight import COMPUTED
 from fastqat.nn.gradient import GradientFakeQuant
 from fastqat.nn.layers import QuantizedLayer
-from fastqat.nn.observe import RunningModules, eagerly, evaluating, nothing_changes, run_inputs
+from fastqat.nn.observe import ModuleAwareMode, eagerly, evaluating, nothing_changes, run_inputs, storage_of
 from fastqat.nn.selection import names_of_modules
 from fastqat.nn.sharded import is_sharded
 from fastqat.nn.twins import form_of_weight, original_class
@@ -109,30 +107,19 @@ def memory_of(tensor: Tensor) -> object:
     return (tensor.device, address, tensor.numel()) if address else id(tensor)
 
 
-class _Reads(TorchFunctionMode):
+class _Reads(ModuleAwareMode):
     """Counts functions that compute with a quantized Parameter, or a view of it, outside of the layers that own it.
 
     Views, shapes and writes compute nothing: a read gives a tensor that is no view of the Parameter.
     """
 
     def __init__(self, model: nn.Module, owners: dict[nn.Parameter, dict[nn.Module, FakeQuant]]) -> None:
-        super().__init__()
+        super().__init__(model)
         self.owners = owners
-        self.by_storage = {_storage(p): p for p in owners}
-        held = Counter(_storage(p) for p in model.parameters() if not nn.parameter.is_lazy(p))
+        self.by_storage = {storage_of(p): p for p in owners}
+        held = Counter(storage_of(p) for p in model.parameters() if not nn.parameter.is_lazy(p))
         self.alone = {storage for storage, parameters in held.items() if parameters == 1}
-        self.modules = RunningModules(model)
         self.count: Counter[tuple[nn.Parameter, nn.Module, str]] = Counter()
-
-    def __enter__(self) -> _Reads:
-        self.modules.__enter__()
-        return super().__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        self.modules.__exit__(kind, error, trace)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -140,9 +127,9 @@ class _Reads(TorchFunctionMode):
         """Count one call."""
         y = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "").strip("_")
-        if not self.modules.stack or name.endswith("_like") or name.startswith("new_"):
+        if not self.running or name.endswith("_like") or name.startswith("new_"):
             return y
-        module = self.modules.stack[-1]
+        module = self.running[-1]
         taken = {
             p for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and (p := self._parameter(x)) is not None
         }
@@ -158,12 +145,5 @@ class _Reads(TorchFunctionMode):
         for known in (x, x._base):
             if isinstance(known, nn.Parameter) and known in self.owners:
                 return known
-        storage = _storage(x)  # detach() makes a view without a base; a Parameter in a flat buffer is not alone there
+        storage = storage_of(x)  # detach() makes a view without a base; a Parameter in a flat buffer is not alone there
         return self.by_storage.get(storage) if storage in self.alone else None
-
-
-def _storage(x: Tensor) -> int:
-    try:
-        return int(x.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # a tensor without one, as sparse ones are
-        return -id(x)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastqat.nn.fake_quant import FakeQuant
 from fastqat.nn.gradient import GradientFakeQuant
-from fastqat.nn.observe import RunningModules
+from fastqat.nn.observe import RunningModules, storage_of
 
 _BATCHED = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 _WITH_A_SUM = (torch.ops.aten.addmm, torch.ops.aten.baddbmm)  # whose first tensor is added
@@ -54,7 +54,7 @@ class Products:
         self.names: dict[int, tuple[str, ...]] = {}
         for name, parameter in model.named_parameters():
             if not nn.parameter.is_lazy(parameter):
-                self.names.setdefault(_storage(parameter), (name,))
+                self.names.setdefault(storage_of(parameter), (name,))
         self.made: list[Tensor] = []  # of Parameters alone; kept, as another tensor could get the place of one
 
     def __enter__(self) -> Products:
@@ -77,14 +77,14 @@ class Products:
         macs = self._macs(func, y, args, kwargs)
         packet = getattr(func, "overloadpacket", None)
         factors = tensors if not macs else tensors[1:3] if packet in _WITH_A_SUM else tensors[:2]
-        names = tuple(dict.fromkeys(name for x in factors for name in self.names.get(_storage(x), ())))
+        names = tuple(dict.fromkeys(name for x in factors for name in self.names.get(storage_of(x), ())))
         if macs:
             # A weight that a batch shares stands still where the batch moves on.
             of_weight = bool(names) or packet not in _BATCHED or any(x.dim() == 3 and x.stride(0) == 0 for x in factors)
             self.count[Product(self.modules.stack[-1], names, of_weight)] += macs
-        elif isinstance(y, Tensor) and factors and all(_storage(x) in self.names for x in factors):
-            if _storage(y) not in self.names:  # a copy in another order, a standardized weight
-                self.names[_storage(y)] = names
+        elif isinstance(y, Tensor) and factors and all(storage_of(x) in self.names for x in factors):
+            if storage_of(y) not in self.names:  # a copy in another order, a standardized weight
+                self.names[storage_of(y)] = names
                 self.made.append(y)
 
     def _macs(self, func: Any, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -114,13 +114,6 @@ class _EveryOperation(TorchDispatchMode):
         y = func(*args, **kwargs)
         self.products.add(func, y, args, kwargs)
         return y
-
-
-def _storage(x: Tensor) -> int:
-    try:
-        return int(x.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # a tensor without one, as sparse ones are
-        return -id(x)
 
 
 @contextlib.contextmanager

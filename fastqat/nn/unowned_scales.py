@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fastqat.nn.sharded import is_sharded
+
 STEPS = 2  # of the weights, after which an optimizer of the scales has stepped too
 
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -65,5 +67,5 @@ def _not_in(optimizers: Iterable[torch.optim.Optimizer], quantizers: list[Any]) 
 def _keys(parameter: Tensor) -> Iterator[object]:
     """Identity, and memory: an optimizer may have the scale as a part of a flat buffer."""
     yield id(parameter)
-    if not (parameter.is_meta or is_lazy(parameter) or hasattr(parameter, "device_mesh")):
+    if not (parameter.is_meta or is_lazy(parameter) or is_sharded(parameter)):
         yield parameter.device, parameter.untyped_storage().data_ptr()
